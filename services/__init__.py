@@ -1,0 +1,1 @@
+"""The three services, what they share, and the command line."""

@@ -1,0 +1,1 @@
+"""The aggregator: round coordination, model distribution, masked-update submission."""

@@ -1,0 +1,1 @@
+"""What the services share: a closed list of layered children."""

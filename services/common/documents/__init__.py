@@ -1,0 +1,1 @@
+"""Charter, study, plan and policy: strict models over exact bytes."""

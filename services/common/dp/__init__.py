@@ -1,0 +1,1 @@
+"""Differential privacy as pure functions: noise, sampling, accounting (docs/privacy.md)."""

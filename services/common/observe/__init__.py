@@ -1,0 +1,1 @@
+"""Logs, metrics endpoint and health."""

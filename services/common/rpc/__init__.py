@@ -1,0 +1,1 @@
+"""The gRPC edge: certificates, server, channel, authority, errors."""

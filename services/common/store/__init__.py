@@ -1,0 +1,1 @@
+"""SQLite with fsync, the event log, and blobs by digest."""

@@ -1,0 +1,1 @@
+"""The hospital node: data, training, policy, ledger and one upload a round."""
