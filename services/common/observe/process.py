@@ -1,0 +1,41 @@
+"""Metrics that every process has: what it is, and until when its certificate is valid."""
+
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from cryptography import x509
+from prometheus_client import Gauge
+
+_BUILD = Gauge("wardround_build_info", "Always 1; the labels say what runs", ["role", "id", "version", "python"])
+_EXPIRY = Gauge(
+    "wardround_certificate_expiry_timestamp_seconds", "End of the TLS leaf's validity, Unix seconds (NaN: unreadable)"
+)
+_START = Gauge(
+    "wardround_certificate_start_timestamp_seconds", "Start of the TLS leaf's validity, Unix seconds (NaN: unreadable)"
+)
+
+
+def package_version() -> str:
+    """The installed version of this distribution, or `unknown` in a bare checkout."""
+    try:
+        return version("wardround")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def announce(role: str, id: str, certificate: Path) -> None:
+    """Set the build info, and let every scrape read the certificate file's validity afresh."""
+    _BUILD.labels(role, id, package_version(), platform.python_version()).set(1)
+    _EXPIRY.set_function(lambda: certificate_validity(certificate)[1])
+    _START.set_function(lambda: certificate_validity(certificate)[0])
+
+
+def certificate_validity(certificate: Path) -> tuple[float, float]:
+    """(not before, not after) of a PEM certificate in Unix seconds; NaN twice where it cannot be read."""
+    try:
+        leaf = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError):
+        return math.nan, math.nan
+    return leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()

@@ -1,0 +1,38 @@
+"""What stands between "written" and "on the disk": fsync of folders, one word for a failing disk."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.common.errors import Reason, ServiceError
+
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE})
+
+
+@contextmanager
+def storing(what: str) -> Iterator[None]:
+    """Turn a full or failing disk inside the block into STORAGE; `what` names the thing being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FAULTS:
+            raise storage_error(what, os.strerror(error.errno or 0)) from error
+        raise
+
+
+def storage_error(what: str, cause: str) -> ServiceError:
+    """A STORAGE refusal that says what was not written and what to do."""
+    return ServiceError(
+        Reason.STORAGE, f"{what} was not written ({cause}): nothing half-written is left; free or enlarge the volume"
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder: a name made, renamed or removed in it is on the disk after this."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
