@@ -138,6 +138,27 @@ def decode(cls: type[T], blob: bytes) -> T:
     return cls(**values)
 
 
+def peek_ident(cls: type, field: str, blob: bytes) -> str:
+    """The id that `blob` claims in its ident `field`, to look up the key that must have signed it.
+
+    Nothing else is looked at, and nothing may be believed before the signature verified: `decode` then
+    reads the blob strictly. Raises MALFORMED where there is no such field or no id in it.
+    """
+    tag = dict(_fields(cls))[field].tag
+    position = 0
+    while position < len(blob):
+        key, position = _read_varint(cls, blob, position)
+        number, position = _read_varint(cls, blob, position)
+        if key == tag << 3 | _LENGTH:
+            claimed = bytes(blob[position : position + number])
+            return check_id(claimed.decode("ascii", "replace"), field)
+        if key & 7 == _LENGTH:
+            position += number
+        elif key & 7 != _VARINT:
+            break
+    raise _malformed(cls, field, "missing")
+
+
 def _fields(cls: type) -> list[tuple[str, _Kind]]:
     found = [(f.name, f.metadata["kind"]) for f in dataclasses.fields(cls)]
     return sorted(found, key=lambda item: item[1].tag)
