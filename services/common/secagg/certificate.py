@@ -240,7 +240,7 @@ def check_certificate(checked: CheckedManifest, blob: bytes) -> Cohort:
 
 
 def check_abandon_certificate(
-    blob: bytes, roster: Roster, study: bytes, round_number: int, attempt: int, manifest: bytes | None = None
+    blob: bytes, roster: Roster, study: bytes, round_number: int, attempt: int, *, manifest: bytes | None = None
 ) -> bytes:
     """The M that at least q distinct charter pods gave up for (study, round, attempt); `manifest` demands that M.
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from services.common.errors import Reason, ServiceError
 from services.common.ids import check_id
@@ -19,7 +20,7 @@ class Cohort:
 
     def __post_init__(self) -> None:
         ids = [member.hospital.encode() for member in self.members]
-        if any(first >= second for first, second in zip(ids, ids[1:], strict=False)):
+        if any(first >= second for first, second in pairwise(ids)):
             raise ServiceError(Reason.MALFORMED, "cohort: hospitals must be strictly ascending, each once")
 
     @cached_property

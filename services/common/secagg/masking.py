@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import cpu_count
 from typing import Any
 
-import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
@@ -49,7 +48,7 @@ def commitment(manifest: bytes, hospital: str, piece: int, seed: bytes) -> bytes
     return hashlib.sha256(label("com") + manifest + hospital_bytes(hospital) + piece.to_bytes(2, "big") + seed).digest()
 
 
-def mask_vector(x: Any, ring: Ring, keys: Sequence[bytes], workers: int = WORKERS) -> Iterator[bytes]:
+def mask_vector(x: Any, ring: Ring, keys: Sequence[bytes], *, workers: int = WORKERS) -> Iterator[bytes]:
     """The chunks of y = x + the streams of `keys`, in order. `x` is the packed vector, a contiguous buffer."""
     packed = memoryview(x).cast("B")
     lengths = chunk_lengths(packed.nbytes)
@@ -64,7 +63,7 @@ def mask_vector(x: Any, ring: Ring, keys: Sequence[bytes], workers: int = WORKER
 
 
 def sum_streams(
-    keys: Sequence[bytes], ring: Ring, total_bytes: int, first_chunk: int, chunks: int, workers: int = WORKERS
+    keys: Sequence[bytes], ring: Ring, total_bytes: int, first_chunk: int, chunks: int, *, workers: int = WORKERS
 ) -> Iterator[bytes]:
     """The ring sum of the streams of `keys` (one piece, one key a hospital), chunks first_chunk … in order.
 
@@ -85,7 +84,7 @@ def sum_streams(
 def _add_streams(total: RingSum, keys: Sequence[bytes], chunk: int) -> bytes:
     counter = (chunk * COUNTERS_PER_CHUNK).to_bytes(16, "big")
     zeros = memoryview(_ZEROS)[: total.size]
-    stream = np.empty(total.size, np.uint8)  # reused: a fresh buffer for each stream would cost more than AES
+    stream = memoryview(bytearray(total.size))  # reused: a fresh buffer for each stream would cost more than AES
     for key in keys:
         Cipher(AES256(key), CTR(counter)).encryptor().update_into(zeros, stream)
         total.add(stream)

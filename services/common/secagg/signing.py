@@ -19,8 +19,29 @@ from services.common.secagg.messages import Signed
 T = TypeVar("T")
 
 LABELS = frozenset(
-    "proposal commit manifest endorse header receipt accept cohort lock release abandon highwater "
-    "result mask com box vector close charter join core".split()
+    {
+        "proposal",
+        "commit",
+        "manifest",
+        "endorse",
+        "header",
+        "receipt",
+        "accept",
+        "cohort",
+        "lock",
+        "release",
+        "abandon",
+        "highwater",
+        "result",
+        "mask",
+        "com",
+        "box",
+        "vector",
+        "close",
+        "charter",
+        "join",
+        "core",
+    }
 )
 
 _P = 2**255 - 19
