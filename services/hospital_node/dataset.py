@@ -9,54 +9,284 @@ import csv
 import hashlib
 import hmac
 import logging
-import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from services.common.errors import Reason, ServiceError
+from services.common.store.durable import replace_file
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+METADATA = "metadata.csv"
+SPLIT_KEY = "split.key"
+MEMORY_LIMIT = 512 * 2**20
+
+_TEST_SHARE = 0.2
+_VALIDATION_SHARE = 0.1  # of what is not test
+_FOLD_WORDS: dict[str, Split] = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+_UNITS = (("patient_id", "patient"), ("lesion_id", "lesion"))
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fold:
-    """The patients of one split. Patient i has the images `images[i]` (indices into the data set)."""
+    """The patients of one split. Patient i has the images `images[i]` (indices into the data set).
+
+    `labels[i]` is what the patient's vote is held against: the class of most of its images, the first in the
+    study's order on a tie; `votes[i]` are the images of that class.
+    """
 
     images: tuple[NDArray[np.int64], ...]
+    votes: tuple[NDArray[np.int64], ...]
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.images)
 
 
+@dataclass(frozen=True)
 class Dataset:
     """Images by index, patients by split. `unit` is the word that really exists: patient, lesion or image."""
 
     folder: Path
+    state: Path = field(repr=False)
     classes: tuple[str, ...]
     image_size: int
     unit: str
-    labels: NDArray[np.int64]
+    paths: tuple[Path, ...] = field(repr=False)
+    labels: NDArray[np.int64] = field(repr=False)
+    folds: dict[Split, Fold] = field(repr=False)
+    _memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def fold(self, split: Split) -> Fold:
         """The patients of `split`."""
-        raise NotImplementedError
+        return self.folds[split]
 
     def pixels(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(n, image_size, image_size, 3) RGB. Raises INVALID_DATA naming a file that cannot be decoded."""
-        raise NotImplementedError
+        out = np.empty((len(index), self.image_size, self.image_size, 3), np.uint8)
+        for row, image in enumerate(index.tolist()):
+            kept = self._memory.get(image)
+            out[row] = decode_image(self.paths[image], self.image_size) if kept is None else kept
+        return out
 
-    def check_images(self, memory_limit: int = 2**30) -> None:
-        """Decode every image once, keep them up to `memory_limit` bytes. Raises INVALID_DATA naming the bad file."""
-        raise NotImplementedError
+    def check_images(self, memory_limit: int = MEMORY_LIMIT, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Decode every image once, keep them up to `memory_limit` bytes. Raises INVALID_DATA naming the bad file.
+
+        Run at start: a file that breaks later, in the middle of a round, would make the hospital leave the round
+        because of its data.
+        """
+        room = memory_limit // (3 * self.image_size**2)
+        for image, path in enumerate(self.paths):
+            if should_stop():
+                return
+            pixels = decode_image(path, self.image_size)
+            if len(self._memory) < room:
+                self._memory[image] = pixels
+
+    def image_digest(self, image: int) -> bytes:
+        """SHA-256 of the image's file. Raises INVALID_DATA when it cannot be read."""
+        try:
+            return hashlib.sha256(self.paths[image].read_bytes()).digest()
+        except OSError as error:
+            raise _unreadable(self.paths[image], error) from None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the CSV after all checks of the line itself."""
+
+    line: int
+    path: Path
+    patient: str
+    label: int
+    fold: Split | None
 
 
 def load_dataset(folder: Path, classes: Sequence[str], image_size: int, state: Path) -> Dataset:
     """Read `metadata.csv`; `state` holds the secret key of the split. Raises INVALID_DATA; decodes no image yet."""
-    raise NotImplementedError
+    rows, unit = _read_rows(folder, list(classes))
+    patients: dict[str, list[int]] = {}
+    for image, row in enumerate(rows):
+        patients.setdefault(row.patient, []).append(image)
+    labels = np.array([row.label for row in rows], np.int64)
+    splits = _split(folder, rows, patients, split_key(state))
+    folds = {split: _fold([patients[p] for p in patients if splits[p] == split], labels) for split in SPLITS}
+    if not len(folds["train"]):
+        raise _invalid(f"{folder / METADATA}: no {unit} is left to train on: add rows, or set `fold` to train for some")
+    for split in ("validation", "test"):
+        if not len(folds[split]):
+            _log.warning("no %s in the %s split: this site's counts of it will be noise only", unit, split)
+    return Dataset(folder, state, tuple(classes), image_size, unit, tuple(r.path for r in rows), labels, folds)
+
+
+def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """(size, size, 3) RGB, squeezed to a square so that no part of a lesion is cut off. Raises INVALID_DATA."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG only: decode near the size that is needed
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            if upright.size != (size, size):
+                upright = upright.resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(upright)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from None
+
+
+def split_key(state: Path) -> bytes:
+    """The site's secret key of the split, made at the first call and never changed.
+
+    Whoever changes it moves patients between splits, and then a patient pays for more than one of them.
+    """
+    path = state / SPLIT_KEY
+    if not path.exists():
+        replace_file(path, [secrets.token_bytes(32)])
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise ServiceError(
+            Reason.UNSAFE_STORE, f"{path} holds {len(key)} bytes, 32 are needed: restore it from this site's backup"
+        )
+    return key
+
+
+def _read_rows(folder: Path, classes: list[str]) -> tuple[list[_Row], str]:
+    """All rows, checked, and the unit's word."""
+    table = folder / METADATA
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as source:
+            reader = csv.DictReader(source, strict=True)
+            columns = list(reader.fieldnames or ())
+            patient_column, unit = _check_columns(table, columns)
+            label_column = "label" if "label" in columns else "dx"
+            rows: list[_Row] = []
+            seen: dict[tuple[str, str], int] = {}
+            for cells in reader:
+                at = f"{table} line {reader.line_num}"
+                if None in cells or None in cells.values():
+                    raise _invalid(f"{at}: it has not {len(columns)} cells as the first line says: mend the row")
+                path = _image_path(folder, cells["path"], at)
+                for what, value in (("image_id", cells["image_id"]), ("path", str(path))):
+                    first = seen.setdefault((what, value), reader.line_num)
+                    if first != reader.line_num:
+                        raise _invalid(f"{at}: {what} {value!r} stands in line {first} already: remove one of them")
+                rows.append(
+                    _Row(
+                        reader.line_num,
+                        path,
+                        _patient(cells[patient_column], patient_column, at),
+                        _label(cells[label_column], classes, at),
+                        _fold_word(cells["fold"], at) if "fold" in columns else None,
+                    )
+                )
+    except FileNotFoundError:
+        raise _invalid(
+            f"{table} is missing: write one row for each image (image_id, path, patient_id, label)"
+        ) from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _invalid(f"{table} cannot be read ({error}): save it as CSV in UTF-8") from None
+    if not rows:
+        raise _invalid(f"{table} has no rows: write one for each image")
+    return rows, unit
+
+
+def _check_columns(table: Path, columns: list[str]) -> tuple[str, str]:
+    """The column that names the patient, and the unit's word."""
+    twice = sorted({c for c in columns if columns.count(c) > 1})
+    if twice:
+        raise _invalid(f"{table}: the column {twice[0]!r} stands there twice: keep one")
+    for needed in (("image_id",), ("path",), ("label", "dx")):
+        if not set(needed) & set(columns):
+            raise _invalid(
+                f"{table}: the column {' or '.join(needed)} is missing (found: {', '.join(columns)}): add it"
+            )
+    for column, unit in _UNITS:
+        if column in columns:
+            return column, unit
+    _log.warning(
+        "%s has neither patient_id nor lesion_id: each IMAGE is protected by itself, a person with several is not",
+        table,
+    )
+    return "image_id", "image"
+
+
+def _patient(cell: str, column: str, at: str) -> str:
+    if not cell.strip():
+        raise _invalid(f"{at}: {column} is empty, so the image belongs to nobody: fill it in or remove the row")
+    return cell.strip()
+
+
+def _label(cell: str, classes: list[str], at: str) -> int:
+    if cell not in classes:
+        raise _invalid(f"{at}: label {cell!r} is not one of the study's ({', '.join(classes)}): correct or remove it")
+    return classes.index(cell)
+
+
+def _fold_word(cell: str, at: str) -> Split:
+    if cell not in _FOLD_WORDS:
+        raise _invalid(f"{at}: fold {cell!r} is not train, validation or test: correct it, or remove the whole column")
+    return _FOLD_WORDS[cell]
+
+
+def _image_path(folder: Path, cell: str, at: str) -> Path:
+    """The file inside `folder`; links that lead out of it are refused like .. is."""
+    written = PurePosixPath(cell)
+    if not cell or written.is_absolute() or ".." in written.parts or PureWindowsPath(cell).drive or "\\" in cell:
+        raise _invalid(f"{at}: path {cell!r} must be relative, inside {folder}, with / and without ..: correct it")
+    path = folder / written
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, ValueError):
+        raise _invalid(f"{at}: the image {path} is missing: put it there or remove the row") from None
+    if not real.is_file() or not real.is_relative_to(folder.resolve()):
+        raise _invalid(f"{at}: {path} is not a file inside {folder}: copy the image into the folder")
+    return path
+
+
+def _split(folder: Path, rows: list[_Row], patients: dict[str, list[int]], key: bytes) -> dict[str, Split]:
+    """The split of each patient: the CSV's fold, else a keyed hash that nobody outside can compute."""
+    given = {row.fold for row in rows if row.fold is not None}
+    splits: dict[str, Split] = {}
+    for patient, images in patients.items():
+        folds = {rows[i].fold for i in images}
+        if len(folds) > 1:
+            lines = ", ".join(str(rows[i].line) for i in images)
+            raise _invalid(f"{folder / METADATA} lines {lines}: {patient!r} is in two folds: put all its images in one")
+        fold = folds.pop()
+        if fold is None:
+            fold = "test" if _position(key, "test", patient) < _TEST_SHARE else "train"
+        if fold == "train" and "validation" not in given and _position(key, "validation", patient) < _VALIDATION_SHARE:
+            fold = "validation"
+        splits[patient] = fold
+    return splits
+
+
+def _position(key: bytes, split: str, patient: str) -> float:
+    """A number in [0, 1) that depends on key, split and patient only."""
+    digest = hmac.digest(key, f"wardround/v1/split/{split}\0{patient}".encode(), "sha256")
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _fold(images: list[list[int]], labels: NDArray[np.int64]) -> Fold:
+    every = tuple(np.array(of_patient, np.int64) for of_patient in images)
+    truth = np.array([np.bincount(labels[of_patient]).argmax() for of_patient in every], np.int64)
+    votes = tuple(of_patient[labels[of_patient] == label] for of_patient, label in zip(every, truth, strict=True))
+    return Fold(every, votes, truth)
+
+
+def _unreadable(path: Path, error: Exception) -> ServiceError:
+    return _invalid(f"the image {path} cannot be decoded ({error}): replace it or remove its row in {METADATA}")
+
+
+def _invalid(sentence: str) -> ServiceError:
+    return ServiceError(Reason.INVALID_DATA, sentence)

@@ -2,8 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from services.common.errors import Reason, ServiceError
@@ -36,3 +36,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write `path` whole or not at all, readable by its owner only; after this it is on the disk.
+
+    Raises STORAGE. One writer for each path: a second one would share the name of the unfinished file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".new")
+    with storing(str(path)):
+        try:
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+                for part in parts:
+                    out.write(part)
+                out.flush()
+                os.fsync(out.fileno())
+            partial.rename(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+        sync_folder(path.parent)
