@@ -100,12 +100,13 @@ def clip_update(delta: npt.NDArray[Any], l2: float, linf: float) -> F64:
     exact = np.array(delta, np.float64)
     if not np.isfinite(exact).all():
         raise ServiceError(Reason.NOT_FINITE, "the update holds NaN or infinity: the training failed, nothing is sent")
-    # Scaled by the largest coordinate, so that the square of 1e200 does not overflow to an infinite norm.
+    # The norm of unit-sized numbers: the square of 1e200 would overflow to an infinite norm.
     largest = float(np.max(np.abs(exact), initial=0.0))
     if largest > 0.0:
-        norm = float(np.linalg.norm(exact / largest)) * largest
-        if norm > l2:
-            exact *= l2 / norm if np.isfinite(norm) else l2 / largest / float(np.linalg.norm(exact / largest))
+        unit = exact / largest
+        norm = float(np.linalg.norm(unit))
+        if norm > l2 / largest:
+            exact = unit * (l2 / norm)
     np.clip(exact, -linf, linf, out=exact)
     return exact
 
