@@ -1,11 +1,15 @@
 """The policy: a hospital's own consent. Deny by default (architecture.md §1)."""
 
 import datetime
+import hashlib
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
 
-from services.common.documents.strict import Document, Section
+from services.common.documents.strict import Document, Section, hex_bytes, load, refuse
+from services.common.errors import ServiceError
+from services.common.ids import check_id
 
 
 class AllowedStudy(Section):
@@ -42,3 +46,52 @@ class Plan(Document):
     wardround: Literal["plan/v1"]
     study: str = Field(description="SHA-256 of the study's exact bytes")
     through_round: int = Field(ge=0, description="a target that only rises")
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy that stands by itself; `digest` is the plain SHA-256 of `blob`, the exact bytes."""
+
+    document: Policy
+    digest: bytes
+    blob: bytes = field(repr=False)
+
+    def allowed(self, study: bytes) -> AllowedStudy | None:
+        """The entry for the study with this digest, or None: what is not written is refused."""
+        return next((entry for entry in self.document.studies if entry.sha256 == study.hex()), None)
+
+
+def load_policy(blob: bytes, name: str = "policy.yaml") -> LoadedPolicy:
+    """Parse the exact bytes of a policy. Raises INVALID_DOCUMENT."""
+    policy = load(Policy, blob, name)
+    try:
+        check_id(policy.hospital, "hospital")
+        check_id(policy.dataset, "dataset")
+    except ServiceError as error:
+        raise refuse(name, error.detail) from None
+    seen: set[str] = set()
+    for i, entry in enumerate(policy.studies):
+        hex_bytes(entry.sha256, 32, name, f"studies[{i}].sha256")
+        if entry.sha256 in seen:
+            raise refuse(name, f"studies[{i}] repeats the study {entry.sha256[:12]}…: keep one entry for it")
+        seen.add(entry.sha256)
+        if "none" in entry.mechanisms and entry.no_privacy != "accepted":
+            raise refuse(
+                name,
+                f"studies[{i}].mechanisms holds none, which protects no single patient: remove it, or say "
+                "`no_privacy: accepted`",
+            )
+        if entry.minimum_cohort < entry.colluding_hospitals + 2:
+            raise refuse(
+                name,
+                f"studies[{i}].minimum_cohort is {entry.minimum_cohort}, but must be at least colluding_hospitals + 2 "
+                f"= {entry.colluding_hospitals + 2} (P-12): raise it",
+            )
+    return LoadedPolicy(policy, hashlib.sha256(blob).digest(), blob)
+
+
+def load_plan(blob: bytes, name: str = "plan.yaml") -> Plan:
+    """Parse a plan. Raises INVALID_DOCUMENT."""
+    plan = load(Plan, blob, name)
+    hex_bytes(plan.study, 32, name, "study")
+    return plan

@@ -5,11 +5,15 @@ to run is the plan's.
 """
 
 import datetime
+import hashlib
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
 
-from services.common.documents.strict import Document, Section
+from services.common.documents.strict import Document, Section, hex_bytes, load, refuse
+from services.common.errors import ServiceError
+from services.common.ids import check_id
 
 
 class BackboneSection(Section):
@@ -58,6 +62,9 @@ class TrainingSection(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     augmentations: int = Field(default=1, ge=1, le=64, description="K, averaged before the clip")
     micro_batch: int = Field(default=32, ge=1, description="patients per forward pass")
+    class_frequencies: tuple[float, ...] = Field(
+        default=(), description="PUBLIC share of each class, for logit adjustment; empty = no adjustment"
+    )
     local_steps: int = Field(default=1, ge=1, description="steps a round without DP")
     batch_size: int = Field(default=32, ge=1, description="patients a step without DP")
 
@@ -132,3 +139,37 @@ class Study(Document):
     server: ServerSection = ServerSection()
     cohort: CohortSection
     timing: TimingSection
+
+
+@dataclass(frozen=True)
+class LoadedStudy:
+    """A study that stands by itself; `shape.check_study` holds it against a charter.
+
+    `digest` is the plain SHA-256 of `blob`, the exact bytes.
+    """
+
+    document: Study
+    digest: bytes
+    blob: bytes = field(repr=False)
+
+
+def load_study(blob: bytes, name: str = "study.yaml") -> LoadedStudy:
+    """Parse the exact bytes of a study. Raises INVALID_DOCUMENT."""
+    study = load(Study, blob, name)
+    try:
+        check_id(study.name, "name")
+    except ServiceError as error:
+        raise refuse(name, error.detail) from None
+    hex_bytes(study.model.initial, 32, name, "model.initial")
+    if study.model.backbone is not None:
+        hex_bytes(study.model.backbone.sha256, 32, name, "model.backbone.sha256")
+    classes = study.model.classes
+    if len(set(classes)) != len(classes) or not all(classes):
+        raise refuse(name, "model.classes holds an empty name or one twice: name each class once")
+    shares = study.training.class_frequencies
+    if shares and (len(shares) != len(classes) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-3):
+        raise refuse(name, "training.class_frequencies needs one share above 0 for each class, 1 in all: correct them")
+    gates = study.evaluation.gate_rounds
+    if any(a >= b for a, b in zip(gates, gates[1:], strict=False)):
+        raise refuse(name, "evaluation.gate_rounds must ascend, each round once: sort them")
+    return LoadedStudy(study, hashlib.sha256(blob).digest(), blob)
