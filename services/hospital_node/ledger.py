@@ -10,7 +10,7 @@ import hashlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -125,15 +125,22 @@ class Ledger:
         return _study_epsilon(d for d in self.debits() if d.study == study)
 
     def project(
-        self, cost: Iterable[Debit], plain: Iterable[Debit], remaining: int, study_cap: float, dataset_cap: float
+        self,
+        cost: Sequence[Debit],
+        plain: Sequence[Debit],
+        *,
+        remaining: int,
+        study_cap: float,
+        dataset_cap: float,
+        paid: bool = False,
     ) -> Projection:
         """What one more round of `cost` would bring, and how many rounds of `plain` still fit (L-2).
 
-        `cost` is not empty; `remaining` bounds the rounds that are counted. Caps are the policy's ε. Across
-        studies: the sum of the studies' ε and δ.
+        `cost` is not empty; `paid` when its vector has been debited already, so that sending it again costs nothing.
+        `remaining` bounds the rounds that are counted. Caps are the policy's ε. Across studies: the sum of the
+        studies' ε and δ.
         """
-        cost, plain, held = tuple(cost), tuple(plain), self.debits()
-        first = cost[0]
+        first, plain, held = cost[0], tuple(plain), self.debits()
         mine = tuple(d for d in held if d.study == first.study)
         studies = {d.study: tuple(e for e in held if e.study == d.study) for d in held if d.study != first.study}
         others = sum(_study_epsilon(events) for events in studies.values())
@@ -143,7 +150,8 @@ class Ledger:
             after = _study_epsilon(mine + plain * rounds)
             return after <= study_cap and others + after <= dataset_cap
 
-        spent, after = _study_epsilon(mine), _study_epsilon(mine + cost)
+        spent = _study_epsilon(mine)
+        after = spent if paid else _study_epsilon((*mine, *cost))
         return Projection(
             round=first.round,
             study_spent=spent,

@@ -148,22 +148,22 @@ def _decide_budget(
         left = max(0.0, allowed.epsilon - projection.study_spent)
         return ServiceError(
             Reason.BUDGET_EXHAUSTED,
-            f"round {projection.round} of study {study.document.name} would bring its ε to {projection.study_after:.3f}, "
-            f"the cap is {allowed.epsilon:g}: {left:.3f} is left, which buys {buys}; raise the study's `epsilon` to go on",
+            f"round {projection.round} of study {study.document.name} would bring its ε to {projection.study_after:.3f}, the "
+            f"cap is {allowed.epsilon:g}: {left:.3f} is left, which buys {buys}; raise the study's `epsilon`",
         )
     if projection.dataset_after > document.dataset_epsilon:
         left = max(0.0, document.dataset_epsilon - projection.dataset_spent)
         return ServiceError(
             Reason.BUDGET_EXHAUSTED,
             f"round {projection.round} of study {study.document.name} would bring the ε of data set {document.dataset} "
-            f"over all studies to {projection.dataset_after:.3f}, the cap is {document.dataset_epsilon:g}: {left:.3f} is "
-            f"left, which buys {buys}; raise `dataset_epsilon` to go on",
+            f"over all studies to {projection.dataset_after:.3f}, the cap is {document.dataset_epsilon:g}: {left:.3f} "
+            f"is left, which buys {buys}; raise `dataset_epsilon`",
         )
     if projection.dataset_delta_after > document.dataset_delta:
         return ServiceError(
             Reason.BUDGET_EXHAUSTED,
             f"study {study.document.name} would bring the δ of data set {document.dataset} over all studies to "
-            f"{projection.dataset_delta_after:g}, the cap is {document.dataset_delta:g}: raise `dataset_delta` to go on",
+            f"{projection.dataset_delta_after:g}, the cap is {document.dataset_delta:g}: raise `dataset_delta`",
         )
     return None
 

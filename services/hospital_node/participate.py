@@ -1,0 +1,349 @@
+"""One round at a hospital, resumable at every step (protocol.md §4 steps 4, 5, 10; §5 P-10; privacy.md L-1, L-2).
+
+`advance` is called with the aggregator's newest claim, again and again; what is done already is found in the store.
+    consent → model → evaluation and training → x on disk → [manifest] → checks → y, boxes on disk
+    → ONE transaction {pending record, debit} → upload → receipt → [result] → membership → scrub
+Killed anywhere: a pending record is sent again byte for byte; x is reused under the next attempt with an abandon
+certificate; before that a new vector is drawn. `checkpoint(name)` is passed at each of `ports.STEPS`: a test kills there.
+Not here: the loop and its threads (node.py), what makes an attempt valid (attempt.py).
+"""
+
+import datetime
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from services.common.clock import Clock
+from services.common.documents.charter import LoadedCharter
+from services.common.documents.shape import RoundShape, check_study, core_for, round_shape, total_rounds
+from services.common.documents.study import LoadedStudy, load_study
+from services.common.errors import Reason, ServiceError
+from services.common.secagg.certificate import CheckedManifest, check_manifest, check_receipt
+from services.common.secagg.ring import CHUNK_BYTES
+from services.common.secagg.signing import Signer, digest
+from services.common.store.blobs import BlobStore
+from services.hospital_node.attempt import check_attempt
+from services.hospital_node.client import AggregatorClient, Phase, RoundState, Upload
+from services.hospital_node.ledger import Ledger
+from services.hospital_node.policy import Projection, decide, decide_study
+from services.hospital_node.ports import Consents, Progress, Trainer
+from services.hospital_node.release import Counts, check_mechanism, encode_round, round_debits
+from services.hospital_node.results import follow_results
+from services.hospital_node.store import Store, Submission, Vector
+from services.hospital_node.submission import mask, sign_header
+
+_log = logging.getLogger(__name__)
+_HEADER_ROOM = 1 << 20  # a model file is its numbers and at most this much safetensors header
+
+
+class Participation:
+    """One hospital's part in the rounds of one aggregator. One thread calls `advance`."""
+
+    def __init__(
+        self,
+        hospital: str,
+        signer: Signer,
+        consents: Consents,
+        *,
+        client: AggregatorClient,
+        store: Store,
+        models: BlobStore,
+        trainer: Trainer,
+        clock: Clock,
+        report: Callable[[Progress], None] = lambda progress: None,
+        checkpoint: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.hospital = hospital
+        self.store = store
+        self.ledger = Ledger(store.database)
+        self._signer = signer
+        self._consents = consents
+        self._client = client
+        self._models = models
+        self._trainer = trainer
+        self._clock = clock
+        self._report = report
+        self._checkpoint = checkpoint
+        self._progress = Progress()
+        self._studies: dict[bytes, LoadedStudy] = {}
+
+    def advance(self, state: RoundState, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Do all that `state` allows: follow results, scrub what is over, prepare a vector, submit it.
+
+        Raises ServiceError: a refusal (nothing left, nothing will under this state) or a fault worth a retry.
+        """
+        if not state.study:
+            self._say("idle", "no study is open")
+            return
+        self._progress.study, self._progress.round, self._progress.attempt = state.study, state.round, state.attempt
+        self._refuse_halted(state.study)
+        charter = self._charter(state.charter)
+        refusal = decide_study(self._consents.policy(), state.study)
+        if refusal is not None:
+            raise refusal
+        study = self._study(state.study, charter)
+        self._follow(study, state)
+        if self.store.scrub(study.digest, state.closed_round):
+            self._checkpoint("scrubbed")
+        if state.phase is Phase.FINISHED:
+            self._say("finished", f"study {study.document.name} is complete")
+        elif state.phase not in (Phase.TRAINING, Phase.COLLECTING) or state.round <= state.closed_round:
+            self._say("waiting", "no round is open for submissions")
+        else:
+            self._take_part(charter, study, state, should_stop)
+
+    def projection(self, charter: LoadedCharter, study: LoadedStudy, round_number: int, model: bytes) -> Projection:
+        """What this round would cost, given what its vector has cost already (L-1: an attempt is no second debit)."""
+        kept = self.store.vector(study.digest, round_number)
+        name = kept.name if kept is not None else ""
+        shape = round_shape(charter, study, round_number)
+        cost = round_debits(study, shape, model, name, round_number, 0, b"")
+        plain = round_debits(study, round_shape(charter, study, 1), model, name, 1, 0, b"")
+        allowed = self._consents.policy().allowed(study.digest)
+        return self.ledger.project(
+            cost,
+            [debit for debit in plain if debit.split == "train"],
+            remaining=max(0, study.document.rounds - round_number + 1),
+            study_cap=allowed.epsilon if allowed is not None else 0.0,
+            dataset_cap=self._consents.policy().document.dataset_epsilon,
+            paid=kept is not None and self.ledger.debited(kept.name),
+        )
+
+    def _take_part(
+        self, charter: LoadedCharter, study: LoadedStudy, state: RoundState, should_stop: Callable[[], bool]
+    ) -> None:
+        pending = self.store.submission(state.manifest) if state.phase is Phase.COLLECTING else None
+        if pending is not None and pending.receipt is not None:
+            self._say("submitted", "the aggregator has this round's vector; its receipt is stored")
+            return
+        if pending is not None:
+            self._upload(
+                pending, charter
+            )  # paid for and perhaps half sent: the same bytes, whatever the policy says now
+            return
+        shape = round_shape(charter, study, state.round)
+        self._check_model(study, state)
+        self._consent(charter, study, state)
+        vector = self._prepare(charter, study, shape, state, should_stop)
+        if vector is None:
+            self._say("stopped", "the round ended, or this process is stopping, before training was done")
+        elif state.phase is Phase.TRAINING:
+            self._say("trained", "waiting for the round's manifest")
+        else:
+            self._submit(charter, study, vector, state)
+
+    def _consent(self, charter: LoadedCharter, study: LoadedStudy, state: RoundState) -> None:
+        """Policy and ledger (L-2), before any model is downloaded."""
+        today = datetime.datetime.fromtimestamp(self._clock.now_ms() / 1000, datetime.UTC).date()
+        projection = self.projection(charter, study, state.round, state.model)
+        refusal = decide(self._consents.policy(), charter, study, projection, today)
+        if refusal is not None:
+            raise refusal
+        self._figures(study, projection)
+        self._checkpoint("consented")
+
+    def _prepare(
+        self,
+        charter: LoadedCharter,
+        study: LoadedStudy,
+        shape: RoundShape,
+        state: RoundState,
+        should_stop: Callable[[], bool],
+    ) -> Vector | None:
+        """x under (study, round): the stored one, else one new draw of sampling and noise. None when stopped."""
+        kept = self.store.vector(study.digest, state.round)
+        if kept is not None and (kept.charter, kept.model) == (charter.digest, state.model):
+            return kept
+        self._say("fetching", "downloading the model")
+        path = self._model(state.model, study)
+        self._checkpoint("model-fetched")
+        self._say("training", "training on the ward's images")
+        counts = self._evaluate(study, shape, path)
+        update = None
+        if shape.kind == "train":
+            update = self._trainer.train(study, state.round, path, state.model, should_stop)
+            if update is None:
+                return None
+        self._checkpoint("trained")
+        packed = encode_round(study.document, shape, update, counts, lambda: secrets.token_bytes(32))
+        stored = self.store.blobs.write([packed])
+        self._checkpoint("vector-stored")
+        vector = Vector(study.digest, state.round, secrets.token_hex(16), charter.digest, state.model, stored)
+        self.store.keep_vector(vector)
+        self._trainer.forget()
+        self._checkpoint("vector-kept")
+        return vector
+
+    def _evaluate(self, study: LoadedStudy, shape: RoundShape, model: Path) -> Counts | None:
+        if shape.kind == "final":
+            return self._trainer.evaluate(study, model, "test")
+        return self._trainer.evaluate(study, model, "validation") if shape.has_gate else None
+
+    def _submit(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, state: RoundState) -> None:
+        self._say("submitting", "checking the manifest")
+        answer = self._client.manifest(study.digest, state.round)
+        own = core_for(charter, study, state.round, self.store.chain(study.digest).digest, vector.model)
+        checked = check_attempt(
+            answer.manifest,
+            answer.endorsements,
+            answer.abandons,
+            roster=charter.roster,
+            own=own,
+            sent=[s.sent() for s in self.store.submissions(study.digest)],
+            now_ms=self._clock.now_ms(),
+        )
+        self._checkpoint("manifest-checked")
+        pending = self.store.submission(checked.M)
+        if pending is None:
+            pending = self._pend(charter, study, vector, checked)
+        self._upload(pending, charter)
+
+    def _pend(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, checked: CheckedManifest) -> Submission:
+        """Mask, then debit and pending record in ONE transaction, before the first byte leaves (L-1)."""
+        round_number, attempt = checked.core.round, checked.proposal.attempt
+        packed = self._read(vector)
+        masked = mask(packed, checked, self.hospital, self.store.blobs.write)
+        self._checkpoint("masked")
+        shape = round_shape(charter, study, round_number)
+        debits = round_debits(study, shape, vector.model, vector.name, round_number, attempt, checked.M)
+        with self.store.database.transaction() as connection:
+            paid = self.ledger.debited(vector.name)
+            mark = self.ledger.mark() if paid else self.ledger.append(connection, debits)
+            header = sign_header(masked, checked, self.hospital, mark, self._signer)
+            pending = Submission(
+                study=study.digest,
+                round=round_number,
+                attempt=attempt,
+                manifest=checked.M,
+                manifest_blob=checked.blob,
+                charter=charter.digest,
+                core=checked.core_digest,
+                vector_name=vector.name,
+                header=header,
+                header_digest=digest("header", header.blob),
+                boxes=masked.boxes,
+                chunk_digests=masked.chunk_digests,
+                y=masked.y,
+                vector=masked.vector,
+            )
+            self.store.pend(connection, pending)
+            self._checkpoint("in-transaction")
+        self._checkpoint("debited")
+        # P-10: x of earlier rounds is scrubbed as soon as a higher round is submitted.
+        self.store.scrub(study.digest, round_number - 1)
+        return pending
+
+    def _read(self, vector: Vector) -> npt.NDArray[np.uint8]:
+        """x, whole. A damaged one is dropped, so that the next attempt draws a new vector with a new debit."""
+        packed = self.store.blobs.path(vector.x).read_bytes()
+        if hashlib.sha256(packed).digest() != vector.x:
+            self.store.blobs.delete(vector.x)
+            raise ServiceError(
+                Reason.STORAGE, f"the vector of round {vector.round} is damaged on the disk: check the volume"
+            )
+        return np.frombuffer(packed, np.uint8)
+
+    def _upload(self, pending: Submission, charter: LoadedCharter) -> None:
+        """Send a pending record, from the chunk that the aggregator lacks, byte for byte what was stored."""
+        self._say("submitting", "uploading the masked vector")
+        next_chunk, receipt = self._client.upload_status(pending.manifest, pending.header_digest)
+        if receipt is None:
+            upload = Upload(pending.header, pending.boxes, pending.chunk_digests)
+            receipt = self._client.submit(upload, next_chunk, self._chunks(pending.y, next_chunk))
+            self._checkpoint("uploaded")
+        checked = check_manifest(pending.manifest_blob, charter.roster)
+        check_receipt(receipt, checked, pending.header, self.hospital, pending.vector)
+        self.store.keep_receipt(pending.manifest, receipt)
+        self._checkpoint("receipt-kept")
+        self._say("submitted", "the aggregator has this round's vector; its receipt is stored")
+
+    def _chunks(self, y: bytes, first: int) -> Iterator[bytes]:
+        with self.store.blobs.open(y) as file:
+            file.seek(first * CHUNK_BYTES)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+                self._checkpoint("chunk-sent")
+
+    def _follow(self, study: LoadedStudy, state: RoundState) -> None:
+        """Take new signed results; an alarm stops the study here for good."""
+        rosters = {charter: loaded.roster for charter, loaded in self._consents.charters().items()}
+        while state.previous_result and state.previous_result != self.store.chain(study.digest).digest:
+            answers = self._client.results(study.digest, self.store.chain(study.digest).round)
+            if not answers:
+                break  # the claim does not end in a chain: the manifest's own check will refuse it
+            if follow_results(self.store, self.hospital, study, rosters, answers):
+                self._checkpoint("result-checked")
+        self._progress.model_version = self.store.chain(study.digest).version
+
+    def _check_model(self, study: LoadedStudy, state: RoundState) -> None:
+        """The model that a round starts from is the study's first, or the one that the last signed result names."""
+        chain = self.store.chain(study.digest)
+        expected = chain.model or bytes.fromhex(study.document.model.initial)
+        if state.model != expected:
+            raise ServiceError(
+                Reason.WRONG_CORE,
+                f"round {state.round} offers model {state.model.hex()[:12]}…, the chain of signed results leads to "
+                f"{expected.hex()[:12]}…: nothing is trained; compare with another hospital",
+            )
+
+    def _model(self, model: bytes, study: LoadedStudy) -> Path:
+        """The model file by digest, resumed where an earlier life stopped; older ones are dropped."""
+        if not self._models.has(model):
+            with self._models.partial(model.hex()) as partial:
+                self._client.fetch_model(model, partial, 4 * study.document.model.parameters + _HEADER_ROOM)
+        for file in (self._models.folder / "blobs").iterdir():
+            if file.name != model.hex():
+                self._models.delete(bytes.fromhex(file.name))
+        return self._models.path(model)
+
+    def _study(self, study_digest: bytes, charter: LoadedCharter) -> LoadedStudy:
+        """The study by SHA-256, held against the charter."""
+        study = self._studies.get(study_digest)
+        if study is None:
+            study = load_study(self._client.study(study_digest))
+            if study.digest != study_digest:
+                raise ServiceError(
+                    Reason.BAD_DIGEST,
+                    f"the aggregator's study has SHA-256 {study.digest.hex()[:12]}…, not {study_digest.hex()[:12]}…",
+                )
+            self._studies = {study_digest: study}
+        check_study(charter, study)
+        check_mechanism(study.document)
+        return study
+
+    def _charter(self, charter_digest: bytes) -> LoadedCharter:
+        charter = self._consents.charters().get(charter_digest)
+        if charter is None:
+            raise ServiceError(
+                Reason.WRONG_CORE,
+                f"the round runs under charter {charter_digest.hex()[:12]}…, which is not pinned here: read it, then "
+                "`wardround charter verify --confirm`",
+            )
+        charter.roster.hospital(self.hospital)
+        return charter
+
+    def _refuse_halted(self, study: bytes) -> None:
+        detail = self.store.halted(study)
+        if detail is not None:
+            raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
+
+    def _figures(self, study: LoadedStudy, projection: Projection) -> None:
+        allowed = self._consents.policy().allowed(study.digest)
+        cap = allowed.epsilon if allowed is not None else 0.0
+        self._progress.figures = {
+            "epsilon_spent": projection.study_spent,
+            "epsilon_left": max(0.0, cap - projection.study_spent),
+            "dataset_epsilon_spent": projection.dataset_spent,
+            "rounds_left": float(projection.rounds_left),
+            "rounds_total": float(total_rounds(study)),
+        }
+
+    def _say(self, phase: str, detail: str) -> None:
+        self._progress.phase, self._progress.detail = phase, detail
+        _log.info("%s: %s", phase, detail, extra={"round": self._progress.round, "attempt": self._progress.attempt})
+        self._report(self._progress)

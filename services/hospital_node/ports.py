@@ -1,0 +1,75 @@
+"""What participation needs of its surroundings, as narrow ports; tests bring small classes of their own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from services.common.documents.charter import LoadedCharter
+from services.common.documents.policy import LoadedPolicy
+from services.common.documents.study import LoadedStudy
+from services.hospital_node.release import Counts
+
+STEPS = (
+    "consented",
+    "model-fetched",
+    "trained",
+    "vector-stored",
+    "vector-kept",
+    "manifest-checked",
+    "masked",
+    "in-transaction",
+    "debited",
+    "chunk-sent",
+    "uploaded",
+    "receipt-kept",
+    "result-checked",
+    "scrubbed",
+)
+"""The places of a round at which a process may die; `Participation` passes each through `checkpoint`."""
+
+
+class Trainer(Protocol):
+    """The learning side: participation never sees torch."""
+
+    def train(
+        self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
+    ) -> npt.NDArray[np.float64] | None:
+        """Trained minus start weights (d), or None when stopped; resumes from its own checkpoint."""
+        ...
+
+    def evaluate(self, study: LoadedStudy, model: Path, split: str) -> Counts:
+        """Exact counts of the model over one split; every patient votes once."""
+        ...
+
+    def forget(self) -> None:
+        """Drop the checkpoint: the round's vector is stored, or will never be sent."""
+        ...
+
+
+class Consents(Protocol):
+    """The site's own documents, read afresh: only pinned charters (P-2)."""
+
+    def charters(self) -> dict[bytes, LoadedCharter]:
+        """By digest: current and next."""
+        ...
+
+    def policy(self) -> LoadedPolicy:
+        """The policy in force now."""
+        ...
+
+
+@dataclass
+class Progress:
+    """What the node is doing, for people and gauges; nothing here depends on data."""
+
+    phase: str = "starting"
+    detail: str = ""
+    study: bytes = b""
+    round: int = 0
+    attempt: int = 0
+    model_version: int = 0
+    figures: dict[str, float] = field(default_factory=dict)

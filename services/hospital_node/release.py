@@ -1,0 +1,164 @@
+"""What one round releases of the data set: its lanes, their noise, and the debits that pay for them.
+
+Order (privacy.md §3): per-patient clip and noise happen in training; here update → clip → round, and exact counts
+→ power-of-two scale → discrete Gaussian noise. Dangers: a count without noise under `local`, or a debit that does
+not cover a lane, is a leak; so lanes and debits are made side by side from the same lane table.
+Not here: masking (submission.py), when a debit is due (participate.py), the table itself (documents.shape).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from services.common.documents.shape import RoundShape
+from services.common.documents.study import LoadedStudy, Study
+from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale
+from services.common.errors import Reason, ServiceError
+from services.common.secagg.encoding import LaneTable, clip_update, encode_vector, quantise
+from services.common.secagg.messages import LaneClass
+from services.hospital_node.ledger import Debit
+
+I64 = npt.NDArray[np.int64]
+Keys = Callable[[], bytes]
+"""Gives 32 fresh bytes of the operating system's generator at every call (P-8)."""
+
+
+class Counts(Protocol):
+    """Exact counts of one evaluation, int64: hits (c), totals (c), confusion (c, c), histogram (c, 2, bins)."""
+
+    @property
+    def hits(self) -> I64:
+        """Patients of each class that were recognised."""
+        ...
+
+    @property
+    def totals(self) -> I64:
+        """Patients of each class."""
+        ...
+
+    @property
+    def confusion(self) -> I64:
+        """Row = truth."""
+        ...
+
+    @property
+    def histogram(self) -> I64:
+        """Score histograms: [class][0 negatives, 1 positives][bin]."""
+        ...
+
+
+def check_mechanism(study: Study) -> None:
+    """This node trains under `local` and `none`. Raises POLICY_REFUSES for another."""
+    if study.privacy.mechanism not in ("local", "none"):
+        raise ServiceError(
+            Reason.POLICY_REFUSES,
+            f"study {study.name} uses mechanism {study.privacy.mechanism}, which this version does not offer: upgrade",
+        )
+
+
+def split_of(name: str) -> str:
+    """The split of the data set that a class of lanes is drawn from (privacy.md §6)."""
+    return {"parameter": "train", "gate": "validation", "confusion": "test", "histogram": "test"}[name]
+
+
+def encode_round(study: Study, shape: RoundShape, update: object, counts: Counts | None, keys: Keys) -> bytearray:
+    """x: the packed vector of this round. `update` is trained minus start weights (d floats) in a training round.
+
+    Raises NOT_FINITE for a failed training and OUT_OF_BOUND for a count beyond its lane: nothing is sent then.
+    """
+    table, noised = shape.table, study.privacy.mechanism == "local"
+    names = {lane.name for lane in table.lanes}
+    values: dict[str, I64] = {"weight": np.ones(1, np.int64)}
+    if "parameter" in names:
+        values["parameter"] = _update_lanes(study, table, np.asarray(update), keys)
+    if "gate" in names:
+        exact = np.concatenate([_need(counts).hits, _need(counts).totals])
+        values["gate"] = _count_lanes(study, table.lane_class("gate"), exact, keys, noised)
+    for name in ("confusion", "histogram"):
+        if name in names:
+            exact = np.ravel(getattr(_need(counts), name))
+            values[name] = _count_lanes(study, table.lane_class(name), exact, keys, noised)
+    # Noise is within the bounds of the table (data bound + 12 S): a value beyond them is a bug, never wrapped.
+    return encode_vector(table, values)
+
+
+def round_debits(
+    loaded: LoadedStudy, shape: RoundShape, model: bytes, vector: str, round_number: int, attempt: int, manifest: bytes
+) -> tuple[Debit, ...]:
+    """What releasing this round's lanes costs: one debit a split that is touched, under `none` too (with no noise).
+
+    `attempt` 0 and an empty manifest stand for "not yet known" in a projection (L-2).
+    """
+    study, names = loaded.document, {lane.name for lane in shape.table.lanes}
+    privacy, evaluation = study.privacy, study.evaluation
+
+    def debit(name: str, rate: float, multiplier: float, steps: int) -> Debit:
+        private = privacy.mechanism != "none"
+        sensitivity = _sensitivity(study, shape.table.lane_class(name)) if private else 0.0
+        return Debit(
+            mechanism=privacy.mechanism,
+            split=split_of(name),
+            sampling_rate=rate,
+            noise_multiplier=multiplier if private else 0.0,
+            steps=steps,
+            sensitivity=sensitivity,
+            scale=share_scale(multiplier, sensitivity, 1, 0) if private else 0,
+            minimum_cohort=study.cohort.minimum,
+            colluding_hospitals=study.cohort.colluding_hospitals,
+            delta=(privacy.delta or 0.0) if private else 0.0,
+            study=loaded.digest.hex(),
+            round=round_number,
+            attempt=attempt,
+            manifest=manifest.hex(),
+            model=model.hex(),
+            vector=vector,
+        )
+
+    found = []
+    if "parameter" in names:
+        found.append(debit("parameter", privacy.sampling_rate, privacy.noise_multiplier, privacy.steps_per_round))
+    if "gate" in names:
+        found.append(debit("gate", 1.0, evaluation.gate_noise_multiplier, 1))
+    if "confusion" in names:
+        found.append(debit("confusion", 1.0, evaluation.final_noise_multiplier, 1))
+    return tuple(found)
+
+
+def _sensitivity(study: Study, lane: LaneClass) -> float:
+    """Δ₂ in integers of what one patient changes (privacy.md §4, §6)."""
+    if lane.name == "parameter":
+        return sensitivity_rint(study.privacy.scale_bits, study.privacy.clip, study.model.parameters)
+    tables = 2 if lane.name == "gate" else 1 + len(study.model.classes)
+    return math.sqrt(tables) * 2.0**lane.fraction_bits
+
+
+def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> I64:
+    lane = table.lane_class("parameter")
+    if update.shape != (lane.values,):
+        raise ServiceError(
+            Reason.INVALID_DATA, f"the update has shape {update.shape}, the study says {lane.values} parameters"
+        )
+    encoding = study.encoding
+    clipped = clip_update(update, encoding.update_clip, encoding.update_bound)
+    # protocol.md §6: unbiased stochastic rounding for codes of at most 16 bits without DP noise, else to the nearest.
+    stochastic = study.privacy.mechanism == "none" and lane.bound < 2**15
+    return quantise(clipped, lane.fraction_bits, keys() if stochastic else None)
+
+
+def _count_lanes(study: Study, lane: LaneClass, exact: I64, keys: Keys, noised: bool) -> I64:
+    scaled = exact.astype(np.int64) * np.int64(2**lane.fraction_bits)
+    if not noised:
+        return scaled
+    evaluation = study.evaluation
+    multiplier = evaluation.gate_noise_multiplier if lane.name == "gate" else evaluation.final_noise_multiplier
+    noise = DiscreteGaussian(share_scale(multiplier, _sensitivity(study, lane), 1, 0))
+    return scaled + noise.draw(keys(), len(scaled))
+
+
+def _need(counts: Counts | None) -> Counts:
+    if counts is None:
+        raise ServiceError(Reason.INTERNAL, "this round carries metric lanes, and no evaluation was made")
+    return counts

@@ -1,0 +1,85 @@
+"""After a round: the chain of signed results, and whether this hospital was counted as it should be.
+
+protocol.md §4 step 10 and privacy.md L-3: in the cohort without having submitted that very header, or a cohort
+that no valid certificate covers → alarm, the study stops here. Submitted, receipt held, left out → kept as evidence.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+
+from services.common.documents.study import LoadedStudy
+from services.common.errors import Reason, ServiceError
+from services.common.secagg.certificate import (
+    CheckedManifest,
+    ResultLink,
+    check_certificate,
+    check_endorsed,
+    check_manifest,
+    check_result_chain,
+)
+from services.common.secagg.messages import OUTCOME_REJECTED, ZERO_DIGEST, Result
+from services.common.secagg.roster import Roster
+from services.hospital_node.client import ResultAnswer
+from services.hospital_node.store import Chain, Store
+
+_log = logging.getLogger(__name__)
+
+
+def follow_results(
+    store: Store, hospital: str, study: LoadedStudy, rosters: Mapping[bytes, Roster], answers: Sequence[ResultAnswer]
+) -> None:
+    """Verify the answers from the result that is held, one by one, and hold the last.
+
+    Raises as `check_result_chain`, WRONG_CORE for a round that did not start from the model before it, and
+    CONFLICT after the study was halted here.
+    """
+    for answer in answers:
+        held = store.chain(study.digest)
+        link = ResultLink(answer.result, answer.manifest)
+        end, result = check_result_chain([link], rosters, study.digest, held.digest, held.round)
+        assert result is not None  # noqa: S101  # one link in, one result out
+        checked = check_manifest(answer.manifest, rosters[result.charter])
+        check_endorsed(checked, answer.endorsements)
+        if checked.core.model != (held.model or bytes.fromhex(study.document.model.initial)):
+            raise ServiceError(
+                Reason.WRONG_CORE, f"the result of round {result.round} did not start from the model before it"
+            )
+        try:
+            left_out = _membership(store, hospital, checked, result, answer.certificate)
+        except ServiceError as error:
+            store.halt(study.digest, error.reason, error.detail)
+            _log.critical("alarm: %s", error.detail)
+            raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {error.detail}") from None
+        chain = Chain(result.round, end, result.model, result.version)
+        store.advance_chain(study.digest, chain, left_out)
+
+
+def _membership(
+    store: Store, hospital: str, checked: CheckedManifest, result: Result, certificate: bytes
+) -> tuple[int, bytes] | None:
+    """The evidence (attempt, certificate) when this hospital was left out. Raises what the alarm says."""
+    if result.outcome == OUTCOME_REJECTED and not certificate and result.certificate == ZERO_DIGEST:
+        return None
+    if hashlib.sha256(certificate).digest() != result.certificate:
+        raise ServiceError(
+            Reason.CONFLICT, f"the certificate of round {result.round} is not the one that its result names"
+        )
+    cohort = check_certificate(checked, certificate)
+    if cohort.digest != result.cohort:
+        raise ServiceError(Reason.CONFLICT, f"the result of round {result.round} names another cohort than was locked")
+    own = store.submission(checked.M)
+    counted = next((member.header for member in cohort.members if member.hospital == hospital), None)
+    if counted is not None and (own is None or own.header_digest != counted):
+        raise ServiceError(
+            Reason.CONFLICT,
+            f"round {result.round} counts a submission of {hospital} that this node never made: its identity key may be "
+            "in other hands; stop, and bring a new identity into the charter",
+        )
+    if counted is None and own is not None and own.receipt is not None:
+        _log.warning(
+            "left out of the cohort of round %d although the receipt is held: the certificate is kept as evidence",
+            result.round,
+        )
+        return result.attempt, certificate
+    return None

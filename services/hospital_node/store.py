@@ -1,0 +1,251 @@
+"""What a hospital must not forget between two lives of its process: one SQLite file, the ledger's own.
+
+Rows stay for ever (they are the marks that refuse replays); vectors are blobs by digest and are scrubbed when
+their round is over. The pending record and the debit are one transaction of this file (L-1): `Store.pend`.
+"""
+
+import sqlite3
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import Reason
+from services.common.secagg.blob import decode, encode, many
+from services.common.secagg.messages import MAX_PODS, ZERO_DIGEST, Signed
+from services.common.store.blobs import BlobStore
+from services.common.store.database import Database, open_database
+from services.hospital_node import ledger
+from services.hospital_node.attempt import Sent
+
+SCHEMA = """
+CREATE TABLE vectors (
+    study BLOB NOT NULL, round INTEGER NOT NULL, name TEXT NOT NULL, charter BLOB NOT NULL, model BLOB NOT NULL,
+    x BLOB NOT NULL, scrubbed INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (study, round)
+) STRICT;
+CREATE TABLE submissions (
+    study BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, manifest BLOB NOT NULL UNIQUE,
+    manifest_blob BLOB NOT NULL, charter BLOB NOT NULL, core BLOB NOT NULL, vector_name TEXT NOT NULL,
+    header BLOB NOT NULL, header_signature BLOB NOT NULL, header_digest BLOB NOT NULL, boxes BLOB NOT NULL,
+    chunk_digests BLOB NOT NULL, y BLOB NOT NULL, vector BLOB NOT NULL,
+    receipt BLOB, receipt_signature BLOB, scrubbed INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (study, round, attempt)
+) STRICT;
+CREATE TABLE chain (
+    study BLOB PRIMARY KEY, round INTEGER NOT NULL, digest BLOB NOT NULL, model BLOB NOT NULL, version INTEGER NOT NULL
+) STRICT;
+CREATE TABLE left_out (
+    study BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, certificate BLOB NOT NULL,
+    PRIMARY KEY (study, round, attempt)
+) STRICT;
+CREATE TABLE halts (study BLOB PRIMARY KEY, reason TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
+"""
+MIGRATIONS = (ledger.SCHEMA, SCHEMA)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One draw of sampling and noise, encoded: x under (study, round) and nothing else (P-10)."""
+
+    study: bytes
+    round: int
+    name: str
+    charter: bytes
+    model: bytes
+    x: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A pending record: all that a crash must send again byte for byte. `receipt` once the aggregator holds it.
+
+    `y` names the stored blob, `vector` is the digest of y that the header carries.
+    """
+
+    study: bytes
+    round: int
+    attempt: int
+    manifest: bytes
+    manifest_blob: bytes = field(repr=False)
+    charter: bytes
+    core: bytes
+    vector_name: str
+    header: Signed = field(repr=False)
+    header_digest: bytes
+    boxes: tuple[bytes, ...] = field(repr=False)
+    chunk_digests: tuple[bytes, ...] = field(repr=False)
+    y: bytes = field(repr=False)
+    vector: bytes
+    receipt: Signed | None = field(default=None, repr=False)
+
+    def sent(self) -> Sent:
+        """As the own mark sees it."""
+        return Sent(self.round, self.attempt, self.manifest, self.core)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The last verified result of a study; `model` is what the next round starts from. Round 0 = none yet."""
+
+    round: int
+    digest: bytes
+    model: bytes
+    version: int
+
+
+class Store:
+    """Rows and blobs of one hospital under `state`. Raises UNSAFE_STORE when another process has it open."""
+
+    def __init__(self, state: Path) -> None:
+        self.database: Database = open_database(state / "hospital.sqlite", MIGRATIONS)
+        self.blobs = BlobStore(state / "vectors")
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove vectors that a crash left without their row: nobody would ever scrub them."""
+        rows = self.database.query("SELECT x FROM vectors UNION SELECT y FROM submissions")
+        known = {digest.hex() for (digest,) in rows}
+        for file in (self.blobs.folder / "blobs").iterdir():
+            if file.name not in known:
+                self.blobs.delete(bytes.fromhex(file.name))
+
+    def close(self) -> None:
+        """Give the store back."""
+        self.database.close()
+
+    def vector(self, study: bytes, round_number: int) -> Vector | None:
+        """The unscrubbed vector of (study, round) whose x is still here, whole or not."""
+        rows = self.database.query(
+            "SELECT study, round, name, charter, model, x FROM vectors WHERE study = ? AND round = ? AND scrubbed = 0",
+            (study, round_number),
+        )
+        found = Vector(*rows[0]) if rows else None
+        return found if found is not None and self.blobs.has(found.x) else None
+
+    def keep_vector(self, vector: Vector) -> None:
+        """Bind a stored x to its (study, round); an earlier draw there is replaced and its x removed."""
+        old = self.vector(vector.study, vector.round)
+        with self.database.transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, 0)",
+                (vector.study, vector.round, vector.name, vector.charter, vector.model, vector.x),
+            )
+        if old is not None and old.x != vector.x:
+            self.blobs.delete(old.x)
+
+    def pend(self, connection: sqlite3.Connection, pending: Submission) -> None:
+        """Write the pending record inside the transaction that debits the ledger (L-1)."""
+        connection.execute(
+            "INSERT INTO submissions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL, 0)",
+            (
+                pending.study,
+                pending.round,
+                pending.attempt,
+                pending.manifest,
+                pending.manifest_blob,
+                pending.charter,
+                pending.core,
+                pending.vector_name,
+                pending.header.blob,
+                pending.header.signature,
+                pending.header_digest,
+                encode(_Boxes(pending.boxes)),
+                b"".join(pending.chunk_digests),
+                pending.y,
+                pending.vector,
+            ),
+        )
+
+    def submissions(self, study: bytes | None = None) -> tuple[Submission, ...]:
+        """Every submission (of a study) that left or may have left, ascending by round and attempt."""
+        where, parameters = ("", ()) if study is None else (" WHERE study = ?", (study,))
+        rows = self.database.query(
+            "SELECT study, round, attempt, manifest, manifest_blob, charter, core, vector_name, header, "
+            "header_signature, header_digest, boxes, chunk_digests, y, vector, receipt, receipt_signature "
+            f"FROM submissions{where} ORDER BY study, round, attempt",  # noqa: S608 (a constant)
+            parameters,
+        )
+        return tuple(_submission(row) for row in rows)
+
+    def submission(self, manifest: bytes) -> Submission | None:
+        """The submission under M, if any."""
+        return next((found for found in self.submissions() if found.manifest == manifest), None)
+
+    def keep_receipt(self, manifest: bytes, receipt: Signed) -> None:
+        """Store a verified receipt; the first one stays."""
+        with self.database.transaction() as connection:
+            connection.execute(
+                "UPDATE submissions SET receipt = ?, receipt_signature = ? WHERE manifest = ? AND receipt IS NULL",
+                (receipt.blob, receipt.signature, manifest),
+            )
+
+    def scrub(self, study: bytes, through_round: int) -> int:
+        """Remove x, y and boxes of every round up to this one; rows stay. Returns how many vectors went."""
+        rows = self.database.query(
+            "SELECT x FROM vectors WHERE study = ? AND round <= ? AND scrubbed = 0 UNION ALL "
+            "SELECT y FROM submissions WHERE study = ? AND round <= ? AND scrubbed = 0",
+            (study, through_round) * 2,
+        )
+        for (digest,) in rows:  # files first: after a crash between the two the rows say what is left to do
+            self.blobs.delete(digest)
+        if rows:
+            with self.database.transaction() as connection:
+                for statement in (
+                    "UPDATE vectors SET scrubbed = 1 WHERE study = ? AND round <= ?",
+                    "UPDATE submissions SET scrubbed = 1, boxes = x'' WHERE study = ? AND round <= ?",
+                ):
+                    connection.execute(statement, (study, through_round))
+        return len(rows)
+
+    def chain(self, study: bytes) -> Chain:
+        """The last verified result; round 0 and 32 zero bytes before the first."""
+        rows = self.database.query("SELECT round, digest, model, version FROM chain WHERE study = ?", (study,))
+        return Chain(*rows[0]) if rows else Chain(0, ZERO_DIGEST, b"", 0)
+
+    def advance_chain(self, study: bytes, chain: Chain, left_out: tuple[int, bytes] | None) -> None:
+        """Take a verified result as the chain's end; `left_out` = (attempt, certificate) is kept as evidence."""
+        with self.database.transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO chain VALUES (?, ?, ?, ?, ?)",
+                (study, chain.round, chain.digest, chain.model, chain.version),
+            )
+            if left_out is not None:
+                connection.execute(
+                    "INSERT OR IGNORE INTO left_out VALUES (?, ?, ?, ?)", (study, chain.round, *left_out)
+                )
+
+    def left_out(self) -> list[tuple[int, int, bytes]]:
+        """(round, attempt, certificate) where this hospital holds a receipt and is not in the cohort."""
+        rows = self.database.query("SELECT round, attempt, certificate FROM left_out ORDER BY study, round, attempt")
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    def halt(self, study: bytes, reason: Reason, detail: str) -> None:
+        """Stop a study here for good: an alarm that only people can clear."""
+        with self.database.transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO halts VALUES (?, ?, ?)", (study, reason.value, detail))
+
+    def halted(self, study: bytes) -> str | None:
+        """Why a study is stopped here, or None."""
+        rows = self.database.query("SELECT detail FROM halts WHERE study = ?", (study,))
+        return str(rows[0][0]) if rows else None
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """The boxes of one submission as one column."""
+
+    boxes: tuple[bytes, ...] = many(1, maximum=MAX_PODS)
+
+
+def _submission(row: tuple[Any, ...]) -> Submission:
+    plain, (header, signature, header_digest, boxes, digests, y, vector, receipt, receipt_signature) = row[:8], row[8:]
+    return Submission(
+        *plain,
+        header=Signed(header, signature),
+        header_digest=header_digest,
+        boxes=decode(_Boxes, boxes).boxes,
+        chunk_digests=tuple(digests[at : at + 32] for at in range(0, len(digests), 32)),
+        y=y,
+        vector=vector,
+        receipt=None if receipt is None else Signed(receipt, receipt_signature),
+    )
