@@ -6,7 +6,7 @@ positions in the charter.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -74,29 +74,51 @@ class Committee:
         `verify: one`, threshold - 1 for `full`); a piece with too few answering holders gets fewer.
         Raises BELOW_QUORUM where a piece has no answering holder at all.
         """
-        load = dict.fromkeys(sorted(set(answering)), 0)
-        release: dict[int, list[int]] = {pod: [] for pod in load}
-        digest: dict[int, list[int]] = {pod: [] for pod in load}
-        able = {j: [pod for pod in self.holders(j) if pod in load] for j in range(len(self.pieces))}
-        for j in sorted(able, key=lambda piece: (len(able[piece]), piece)):
-            if not able[j]:
+        able = {j: {pod for pod in self.holders(j) if pod in set(answering)} for j in range(len(self.pieces))}
+        for j, pods in able.items():
+            if not pods:
                 raise ServiceError(
                     Reason.BELOW_QUORUM,
                     f"no answering pod holds piece {j} (pods {list(self.holders(j))} do): wait for one of them",
                 )
-            chosen = min(able[j], key=lambda pod: (len(release[pod]), pod))
-            release[chosen].append(j)
-            load[chosen] += 1
-            others = sorted(
-                (pod for pod in able[j] if pod != chosen), key=lambda pod: (len(digest[pod]), load[pod], pod)
-            )
-            for pod in others[:copies]:
-                digest[pod].append(j)
-                load[pod] += 1
-        return Assignment(
-            {pod: tuple(sorted(pieces)) for pod, pieces in release.items() if pieces},
-            {pod: tuple(sorted(pieces)) for pod, pieces in digest.items() if pieces},
-        )
+        release = _spread(able)
+        left = {j: pods - {release[j]} for j, pods in able.items()}
+        digest: list[tuple[int, int]] = []
+        for _ in range(copies):
+            chosen = _spread({j: pods for j, pods in left.items() if pods})
+            digest += chosen.items()
+            left = {j: left[j] - {pod} for j, pod in chosen.items()}
+        return Assignment(_by_pod(release.items()), _by_pod(digest))
+
+
+def _spread(able: dict[int, set[int]]) -> dict[int, int]:
+    """One able pod for each piece, the busiest pod as idle as can be: augmenting paths under a rising cap."""
+    chosen: dict[int, int] = {}
+    for cap in range(1, len(able) + 1):
+        for piece in able:
+            if piece not in chosen:
+                _place(piece, able, chosen, cap, set())
+        if len(chosen) == len(able):
+            break
+    return chosen
+
+
+def _place(piece: int, able: dict[int, set[int]], chosen: dict[int, int], cap: int, seen: set[int]) -> bool:
+    """Give `piece` to a pod with room under `cap`, moving other pieces where that makes room."""
+    for pod in sorted(able[piece] - seen):
+        seen.add(pod)
+        held = [other for other, holder in chosen.items() if holder == pod]
+        if len(held) < cap or any(_place(other, able, chosen, cap, seen) for other in held):
+            chosen[piece] = pod
+            return True
+    return False
+
+
+def _by_pod(pairs: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    found: dict[int, list[int]] = {}
+    for piece, pod in sorted(pairs):
+        found.setdefault(pod, []).append(piece)
+    return {pod: tuple(found[pod]) for pod in sorted(found)}
 
 
 def _unsafe(detail: str) -> ServiceError:
