@@ -1,5 +1,7 @@
 """Dialling out: one connection to the aggregator, deadlines on every call, refusals back as ServiceError."""
 
+from __future__ import annotations  # grpc classes are generic in their stubs only
+
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +120,7 @@ class Caller:
         request: Request,
         *,
         seconds: float,
-    ) -> "Stream[Response]":
+    ) -> Stream[Response]:
         """One request, a stream of answers, to be used as a context manager. Never repeated here."""
         return Stream(self, lambda channel: pick(channel)(request, timeout=seconds))
 
@@ -190,7 +192,7 @@ class Stream(Generic[Response]):
         """End the call from any thread; the iteration then raises UNREACHABLE."""
         self._answers.cancel()
 
-    def __enter__(self) -> "Stream[Response]":
+    def __enter__(self) -> Stream[Response]:
         channel = self._scope.__enter__()
         try:
             with _translated():

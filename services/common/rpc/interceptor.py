@@ -4,6 +4,8 @@ In this order: who calls (from the leaf alone), may that role call this, is that
 threads; only then are the request's bytes parsed. Deny by default.
 """
 
+from __future__ import annotations  # grpc classes are generic in their stubs only
+
 import logging
 import threading
 import time
