@@ -1,0 +1,388 @@
+"""What one key-share pod may do: the pure state machine of protocol.md §4 and §5.
+
+Rules of this file:
+1. Every promise of the pod is a decision here: `decide(state, command)` returns events or refuses, and changes nothing.
+2. `evolve(state, event)` is total: it believes every event, because only `decide` makes them.
+3. The caller puts the events on the disk BEFORE it signs or sends anything that follows from them.
+4. Signatures were verified before; identity and round keys, time and random bytes come in as data.
+5. Nothing secret is here. `State.held` says for which attempts this BOOT has round keys; whoever holds the keys drops
+   every key that `held` does not list (P-4, P-22). `Booted` empties it: that is the end of all earlier keys.
+6. What was asked before is answered again without an event; a different thing under the same name is refused.
+Not here: signatures, keys, seeds, disk, wire, clock.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from enum import StrEnum
+
+from services.common.errors import Reason, ServiceError
+from services.common.secagg.blob import encode
+from services.common.secagg.certificate import CheckedManifest, check_abandon_certificate, check_expiry
+from services.common.secagg.cohort import Cohort
+from services.common.secagg.messages import MAX_ATTEMPT, HighWaterMark, Mark
+from services.common.secagg.roster import Roster
+from services.keyshare import facts as fact
+from services.keyshare.facts import Entry, Held, Record, Ref, State
+
+MAX_STUDIES = 4096  # what one high-water mark can list
+
+
+class Phase(StrEnum):
+    """What this pod has promised about one attempt."""
+
+    UNSEEN = "unseen"
+    COMMITTED = "committed"  # keys of this boot, no manifest yet
+    ENDORSED = "endorsed"  # keys of this boot, one manifest
+    LOCKED = "locked"  # one cohort, for ever; with or without keys
+    BURNED = "burned"  # at or below the highest commit, neither keys nor lock
+    ABANDONED = "abandoned"
+    PAST = "past"  # a higher round was committed
+    CLOSED = "closed"
+
+
+ALLOWED: dict[Phase, frozenset[Phase]] = {
+    Phase.UNSEEN: frozenset({Phase.COMMITTED, Phase.BURNED, Phase.ABANDONED, Phase.PAST, Phase.CLOSED}),
+    Phase.COMMITTED: frozenset({Phase.ENDORSED, Phase.BURNED, Phase.ABANDONED, Phase.PAST, Phase.CLOSED}),
+    Phase.ENDORSED: frozenset({Phase.LOCKED, Phase.BURNED, Phase.ABANDONED, Phase.PAST, Phase.CLOSED}),
+    Phase.LOCKED: frozenset({Phase.PAST, Phase.CLOSED}),
+    Phase.BURNED: frozenset({Phase.ABANDONED, Phase.PAST, Phase.CLOSED}),
+    Phase.ABANDONED: frozenset({Phase.PAST, Phase.CLOSED}),
+    Phase.PAST: frozenset({Phase.CLOSED}),
+    Phase.CLOSED: frozenset(),
+}
+
+_REFUSAL: dict[Phase, tuple[Reason, str]] = {
+    Phase.UNSEEN: (Reason.WRONG_PHASE, "this pod has not committed to it: propose it first"),
+    Phase.COMMITTED: (Reason.WRONG_PHASE, "this pod has endorsed no manifest of it yet"),
+    Phase.ENDORSED: (Reason.CONFLICT, "this pod has endorsed another manifest of it"),
+    Phase.LOCKED: (Reason.LOCKED, "this pod has locked a cohort of it"),
+    Phase.BURNED: (Reason.BURNED, "its keys are gone, or a higher attempt was committed: take the next attempt"),
+    Phase.ABANDONED: (Reason.ABANDONED, "this pod has given it up"),
+    Phase.PAST: (Reason.BURNED, "this pod has committed to a higher round"),
+    Phase.CLOSED: (Reason.CLOSED, "the round is closed"),
+}
+
+
+def phase_of(state: State, ref: Ref) -> Phase:
+    """What this pod has promised about `ref`."""
+    record = state.record(ref.study)
+    if ref.round <= record.closed:
+        return Phase.CLOSED
+    if ref.round < record.committed[0]:
+        return Phase.PAST
+    if ref.point in record.abandoned:
+        return Phase.ABANDONED
+    if ref.round == record.committed[0] and ref.attempt in record.locks:
+        return Phase.LOCKED
+    if state.holds(ref):
+        return Phase.COMMITTED if state.held[ref.study].manifest is None else Phase.ENDORSED
+    return Phase.BURNED if ref.point <= record.committed else Phase.UNSEEN
+
+
+def decide(state: State, command: fact.Command) -> list[fact.Event]:
+    """The events that follow from `command`, none if it was done before. Raises ServiceError: then nothing happens."""
+    match command:
+        case fact.DeliverMarks():
+            return _deliver(state, command)
+        case fact.Propose():
+            return _propose(state, command)
+        case fact.Endorse():
+            return _endorse(state, command.manifest)
+        case fact.Offer():
+            return _offer(state, command)
+        case fact.LockCohort():
+            return _lock(state, command)
+        case fact.Release():
+            return _release(state, command)
+        case fact.Abandon():
+            return _abandon(state, command)
+        case fact.CloseRound(roster, study, number):
+            _check_bounds(state, roster, Ref(study, number, 1))
+            return [fact.Closed(study, number)] if number > state.record(study).closed else []
+        case fact.Expire(now):
+            return [fact.Expired(held.ref) for held in state.held.values() if held.expires <= now]
+
+
+def ref_of(manifest: CheckedManifest) -> Ref:
+    """The attempt of a manifest."""
+    return Ref(manifest.core.study, manifest.core.round, manifest.proposal.attempt)
+
+
+def refused_entries(state: State, command: fact.Offer) -> dict[str, ServiceError]:
+    """The hospitals whose good boxes `decide` leaves out all the same, each with its reason."""
+    held = _serving(state, command.manifest)
+    return {entry.hospital: fault for entry, fault in _judged(state, held, command.entries) if fault is not None}
+
+
+def mark_about(state: State, nonce: bytes, asking: str) -> HighWaterMark:
+    """P-11: what this pod has seen of `asking`, for its nonce. Answered before this pod's own check has passed."""
+    marks = []
+    for study, record in sorted(state.records.items()):
+        commit, lock = record.seen.get(asking, ((0, 0), (0, 0)))
+        marks.append(Mark(study, *record.endorsed, *commit, *lock))
+    return HighWaterMark(nonce, asking, state.pod, tuple(marks))
+
+
+def _deliver(state: State, command: fact.DeliverMarks) -> list[fact.Event]:
+    """P-11. A mark shows a rollback whenever it was made; it makes live only for the nonce of this boot."""
+    others = {pod.id for pod in command.roster.pods} - {state.pod}
+    about_me = [mark for mark in command.marks if mark.asking == state.pod and mark.answering in others]
+    for answer in about_me:
+        for mark in answer.marks:
+            own = state.record(mark.study)
+            commit, lock = (mark.commit_round, mark.commit_attempt), (mark.lock_round, mark.lock_attempt)
+            if commit > own.committed or lock > own.locked:
+                known = f"the store knows {own.committed} and {own.locked}"
+                return [fact.RolledBack(f"{answer.answering} has seen commit {commit}, lock {lock}: {known}")]
+    fresh = {mark.answering for mark in about_me if mark.nonce == state.boot}
+    needed = command.roster.committee.quorum - 1
+    if len(fresh) < needed:
+        raise ServiceError(Reason.BELOW_QUORUM, f"{len(fresh)} fresh marks of other pods, {needed} are needed")
+    return [] if command.roster.charter in state.live else [fact.Passed(command.roster.charter)]
+
+
+def _propose(state: State, command: fact.Propose) -> list[fact.Event]:
+    """P-13, P-16, P-22; burned attempts (§4 step 2)."""
+    checked, proposal, core = command.checked, command.checked.proposal, command.checked.core
+    ref = Ref(core.study, core.round, proposal.attempt)
+    _check_able(state, checked.roster, ref)
+    check_expiry(proposal, checked.roster, command.now)
+    record = state.record(core.study)
+    if state.holds(ref):
+        if state.held[ref.study].proposal == checked.digest:
+            return []
+        raise ServiceError(Reason.CONFLICT, f"another proposal of {_name(ref)} was committed: take the next attempt")
+    _check_move(phase_of(state, ref), Phase.COMMITTED, ref)
+    if ref.round == record.committed[0]:
+        if checked.core_digest != record.core:
+            raise ServiceError(Reason.WRONG_CORE, f"another core of round {ref.round} is pinned here (P-16)")
+        for attempt, (manifest, _) in record.locks.items():
+            earlier = ref._replace(attempt=attempt)
+            if not any(_gives_up(blob, checked.roster, earlier, manifest) for blob in command.abandons):
+                why = "is locked here: show the abandon certificate of its manifest (P-13)"
+                raise ServiceError(Reason.LOCKED, f"{_name(earlier)} {why}")
+    keys = (checked.digest, command.commitment, proposal.expires)
+    return [fact.Committed(ref, core.charter, checked.core_digest, *keys)]
+
+
+def _endorse(state: State, manifest: CheckedManifest) -> list[fact.Event]:
+    """P-18: a valid manifest with this boot's own commitment, byte for byte; one a (r, a)."""
+    ref = ref_of(manifest)
+    _check_able(state, manifest.roster, ref)
+    if state.holds(ref) and state.held[ref.study].manifest == manifest.M:
+        return []
+    _check_move(phase_of(state, ref), Phase.ENDORSED, ref)
+    own = manifest.commitments.get(manifest.roster.pod_index(state.pod))
+    if own is None or encode(own) != state.held[ref.study].commitment:
+        raise ServiceError(Reason.WRONG_CORE, f"the manifest of {_name(ref)} lacks this boot's own commitment (P-18)")
+    others = tuple(commitment.pod for commitment in manifest.commitments.values() if commitment.pod != state.pod)
+    return [fact.Endorsed(ref, manifest.M, others)]
+
+
+def _offer(state: State, command: fact.Offer) -> list[fact.Event]:
+    """§4 step 6. The ledger mark of every signed header is remembered, of refused ones too (L-4)."""
+    held = _serving(state, command.manifest)
+    news = []
+    for entry, fault in _judged(state, held, command.entries):
+        good = entry.good and fault is None
+        known = entry.sequence in state.heads.get(entry.hospital, {})
+        if not known or (good and entry.hospital not in held.accepted):
+            news.append(entry._replace(good=good))
+    return [fact.Offered(held.ref, tuple(news))] if news else []
+
+
+def _judged(state: State, held: Held, entries: tuple[Entry, ...]) -> Iterator[tuple[Entry, ServiceError | None]]:
+    record, offered = state.record(held.ref.study), dict(held.accepted)
+    for entry in entries:
+        fault = None
+        if offered.setdefault(entry.hospital, entry.header) != entry.header:
+            fault = ServiceError(Reason.CONFLICT, f"{entry.hospital} has a second header under one manifest")
+        elif state.heads.get(entry.hospital, {}).get(entry.sequence, entry.head) != entry.head:
+            fault = ServiceError(Reason.ROLLED_BACK, f"ledger sequence {entry.sequence} was seen with another head")
+        elif entry.sequence < record.ledger.get(entry.hospital, 0):
+            fault = ServiceError(Reason.ROLLED_BACK, f"ledger sequence {entry.sequence} is below one of this study")
+        elif held.ref.attempt in record.locks and entry.hospital not in held.accepted:
+            fault = ServiceError(Reason.LATE, f"the cohort of {_name(held.ref)} is locked: wait for the next round")
+        yield entry, fault
+
+
+def _lock(state: State, command: fact.LockCohort) -> list[fact.Event]:
+    """§4 step 7 with P-4, P-12."""
+    manifest, cohort = command.manifest, command.cohort
+    held = _serving(state, manifest)
+    locked = state.record(held.ref.study).locks.get(held.ref.attempt)
+    if locked == (manifest.M, cohort.digest):
+        return []
+    _check_move(phase_of(state, held.ref), Phase.LOCKED, held.ref)
+    _check_cohort(held, manifest, cohort)
+    return [fact.Locked(held.ref, manifest.M, cohort.digest, ())]
+
+
+def _release(state: State, command: fact.Release) -> list[fact.Event]:
+    """P-20. A certificate is a lock: a pod without one stores this one first."""
+    manifest, cohort, pieces = command.manifest, command.cohort, command.pieces
+    held = _serving(state, manifest)
+    _check_cohort(held, manifest, cohort)
+    own = manifest.roster.committee.pieces_of(manifest.roster.pod_index(state.pod))
+    if not pieces or pieces != tuple(sorted(set(pieces))) or not set(pieces) <= set(own):
+        raise ServiceError(Reason.NOT_PERMITTED, f"pieces {list(pieces)}: this pod holds {list(own)} (P-5)")
+    record = state.record(held.ref.study)
+    locked = record.locks.get(held.ref.attempt)
+    if locked not in (None, (manifest.M, cohort.digest)):
+        raise ServiceError(
+            Reason.CONFLICT,
+            f"ALARM: a certificate of {_name(held.ref)} over another cohort than the one locked here: more pods are "
+            "bad than the committee bears; nothing is released",
+        )
+    never = ((0, 0), (0, 0))
+    news = tuple(p for p in command.locked if p != state.pod and record.seen.get(p, never)[1] < held.ref.point)
+    return [fact.Locked(held.ref, manifest.M, cohort.digest, news)] if news or locked is None else []
+
+
+def _abandon(state: State, command: fact.Abandon) -> list[fact.Event]:
+    """P-14: no lock on the disk, P-11 passed; then never again endorse, accept, lock or release for (study, r, a)."""
+    ref, roster = command.ref, command.roster
+    _check_able(state, roster, ref)
+    record = state.record(ref.study)
+    same_round = ref.round == record.committed[0]
+    known = record.abandoned.get(ref.point) or (record.manifests.get(ref.attempt) if same_round else None)
+    if known not in (None, command.manifest):
+        raise ServiceError(Reason.CONFLICT, f"another manifest of {_name(ref)} is known here")
+    if same_round and record.charter != roster.charter:
+        raise ServiceError(Reason.WRONG_CORE, f"round {ref.round} runs under another charter")
+    phase = phase_of(state, ref)
+    if phase is Phase.ABANDONED:
+        return []
+    _check_move(phase, Phase.ABANDONED, ref)
+    return [fact.Abandoned(ref, command.manifest)]
+
+
+def _serving(state: State, manifest: CheckedManifest) -> Held:
+    """P-18: the keys for the M that was endorsed in this boot, of an attempt neither abandoned nor closed."""
+    ref = ref_of(manifest)
+    _check_able(state, manifest.roster, ref)
+    phase = phase_of(state, ref)
+    if phase is Phase.LOCKED and not state.holds(ref):
+        raise ServiceError(Reason.NOT_LIVE, f"the keys of {_name(ref)} are gone: this pod counts as down")
+    if phase not in (Phase.ENDORSED, Phase.LOCKED) or state.held[ref.study].manifest != manifest.M:
+        raise _refuse(phase, ref)
+    return state.held[ref.study]
+
+
+def _check_able(state: State, roster: Roster, ref: Ref) -> None:
+    """P-11 passed under this charter, no rollback, and `ref` within bounds."""
+    if state.rolled_back:
+        raise ServiceError(
+            Reason.ROLLED_BACK,
+            f"the store of {state.pod} went back in time ({state.rolled_back}): give the pod a new id and key by a "
+            "charter amendment, and an empty volume",
+        )
+    if roster.charter not in state.live:
+        raise ServiceError(Reason.NOT_LIVE, "this pod waits for fresh high-water marks of other pods (P-11)")
+    _check_bounds(state, roster, ref)
+
+
+def _check_bounds(state: State, roster: Roster, ref: Ref) -> None:
+    most = roster.limits.max_round
+    if not 1 <= ref.round <= most or not 1 <= ref.attempt <= MAX_ATTEMPT:
+        raise ServiceError(Reason.TOO_LARGE, f"{_name(ref)}: rounds 1..{most}, attempts 1..{MAX_ATTEMPT} (P-16)")
+    if ref.study not in state.records and len(state.records) >= MAX_STUDIES:
+        raise ServiceError(Reason.TOO_LARGE, f"this pod knows {MAX_STUDIES} studies, which is the most")
+
+
+def _check_move(phase: Phase, to: Phase, ref: Ref) -> None:
+    if to not in ALLOWED[phase]:
+        raise _refuse(phase, ref)
+
+
+def _check_cohort(held: Held, manifest: CheckedManifest, cohort: Cohort) -> None:
+    """U is of this manifest, large enough (P-12), and within the accept list with equal header digests."""
+    if cohort.manifest != manifest.M:
+        raise ServiceError(Reason.WRONG_CORE, "the cohort names another manifest")
+    cohort.check_cohort_size(manifest.roster, manifest.core.minimum_cohort)
+    for member in cohort.members:
+        if held.accepted.get(member.hospital) != member.header:
+            raise ServiceError(Reason.WRONG_CORE, f"{member.hospital} was not accepted here with this header")
+
+
+def _gives_up(blob: bytes, roster: Roster, ref: Ref, manifest: bytes) -> bool:
+    try:
+        check_abandon_certificate(blob, roster, *ref, manifest=manifest)
+    except ServiceError:
+        return False
+    return True
+
+
+def _refuse(phase: Phase, ref: Ref) -> ServiceError:
+    reason, why = _REFUSAL[phase]
+    return ServiceError(reason, f"{_name(ref)}: {why}")
+
+
+def _name(ref: Ref) -> str:
+    return f"round {ref.round} attempt {ref.attempt} of study {ref.study.hex()[:16]}"
+
+
+def evolve(state: State, event: fact.Event) -> State:
+    """The state after `event`; total."""
+    match event:
+        case fact.Booted(boot):
+            return replace(state, boot=boot, live=frozenset(), held={})
+        case fact.Passed(charter):
+            return replace(state, live=state.live | {charter})
+        case fact.RolledBack(detail):
+            return replace(state, rolled_back=detail, held={})
+        case fact.Closed(study, number):
+            record, held = state.record(study), state.held.get(study)
+            kept = held if held and held.ref.round > number else None
+            return _with(state, study, replace(record, closed=max(record.closed, number)), kept)
+    ref = event.ref
+    record, other = state.record(ref.study), state.held.get(ref.study)
+    held, other = (other, None) if state.holds(ref) else (None, other)  # an event is about the held attempt or not
+    match event:
+        case fact.Committed(_, charter, core, proposal, commitment, expires):
+            if ref.round > record.committed[0]:
+                later = {point: m for point, m in record.abandoned.items() if point[0] >= ref.round}
+                record = replace(record, manifests={}, locks={}, abandoned=later)
+            record = replace(record, committed=ref.point, charter=charter, core=core)
+            held, other = Held(ref, proposal, commitment, expires), None
+        case fact.Endorsed(_, manifest, others):
+            manifests = {**record.manifests, ref.attempt: manifest}
+            record = replace(record, endorsed=ref.point, manifests=manifests, seen=_seen(record, ref, others, ()))
+            held = held and replace(held, manifest=manifest)
+        case fact.Offered(_, entries):
+            state, record = _remember(state, record, entries)
+            good = {entry.hospital: entry.header for entry in entries if entry.good}
+            held = held and replace(held, accepted={**good, **held.accepted})
+        case fact.Locked(_, manifest, cohort, others):
+            locks = {**record.locks, ref.attempt: (manifest, cohort)}
+            record = replace(record, locked=ref.point, locks=locks, seen=_seen(record, ref, (), others))
+        case fact.Abandoned(_, manifest):
+            record, held = replace(record, abandoned={**record.abandoned, ref.point: manifest}), None
+        case fact.Expired():
+            held = None
+    return _with(state, ref.study, record, held or other)
+
+
+def _seen(
+    record: Record, ref: Ref, committed: tuple[str, ...], locked: tuple[str, ...]
+) -> dict[str, tuple[fact.Point, fact.Point]]:
+    seen = dict(record.seen)
+    for pod in {*committed, *locked}:
+        commit, lock = seen.get(pod, ((0, 0), (0, 0)))
+        seen[pod] = (ref.point if pod in committed else commit, ref.point if pod in locked else lock)
+    return seen
+
+
+def _remember(state: State, record: Record, entries: tuple[Entry, ...]) -> tuple[State, Record]:
+    """L-4: the first head of each sequence stays; the highest sequence of the study rises."""
+    heads, ledger = dict(state.heads), dict(record.ledger)
+    for entry in entries:
+        heads[entry.hospital] = {entry.sequence: entry.head, **heads.get(entry.hospital, {})}
+        ledger[entry.hospital] = max(ledger.get(entry.hospital, 0), entry.sequence)
+    return replace(state, heads=heads), replace(record, ledger=ledger)
+
+
+def _with(state: State, study: bytes, record: Record, held: Held | None) -> State:
+    kept = {s: h for s, h in state.held.items() if s != study}
+    kept = kept if held is None else {**kept, study: held}
+    return replace(state, records={**state.records, study: record}, held=kept)

@@ -1,0 +1,255 @@
+"""One pod: verifies what it is asked, lets `custody` decide, stores, and only then signs (protocol.md §4, §5).
+
+The round keys and stream keys of an attempt live in `Pod._secrets` and nowhere else; after every event whatever
+`State.held` no longer lists is dropped (P-22). Thread-safe. Every method raises ServiceError when it refuses.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from services.common.clock import Clock
+from services.common.errors import Reason, ServiceError
+from services.common.ids import check_id
+from services.common.secagg import blob as codec
+from services.common.secagg import certificate as valid
+from services.common.secagg import messages
+from services.common.secagg.cohort import Cohort
+from services.common.secagg.masking import commitment, stream_key
+from services.common.secagg.messages import Signed
+from services.common.secagg.roster import Roster
+from services.common.secagg.sealing import SealingKey, box_info, generate, open_box, unpack_seeds
+from services.common.secagg.signing import Signer, digest, open_claimed, open_signed
+from services.keyshare import custody, facts
+from services.keyshare.facts import Entry, Ref, State
+from services.keyshare.masksum import Chunk, sum_piece
+from services.keyshare.store import CustodyStore
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Secrets:
+    """The round keys of one attempt, and each hospital's stream keys for this pod's pieces, ascending."""
+
+    sealing: SealingKey = field(repr=False)
+    signer: Signer
+    streams: dict[str, tuple[bytes, ...]] = field(default_factory=dict, repr=False)
+
+
+class Pod:
+    """`rosters`: the pinned charters by digest (P-2); set anew when the pins change."""
+
+    def __init__(
+        self, id: str, identity: Signer, store: CustodyStore, rosters: Mapping[bytes, Roster], clock: Clock
+    ) -> None:
+        self.id, self.rosters = id, rosters
+        self._identity, self._store, self._clock = identity, store, clock
+        self._lock = threading.RLock()
+        self._secrets: dict[Ref, _Secrets] = {}
+        self.state = State(id)
+        for event in store.load():
+            self.state = custody.evolve(self.state, event)
+        self._append([facts.Booted(os.urandom(32))])
+
+    @property
+    def live(self) -> bool:
+        """Whether P-11 was passed under a charter that is pinned now."""
+        return not self.state.rolled_back and not self.state.live.isdisjoint(self.rosters)
+
+    def propose(self, signed: Signed, abandons: Sequence[bytes]) -> Signed:
+        """Propose → signed Commitment; the same bytes again for an equal proposal in this boot."""
+        checked = self._pinned(lambda roster: valid.check_proposal(signed, roster))
+        core, suite = checked.core, checked.roster.suite
+        checked.roster.pod_index(self.id)
+        secrets, public = generate(suite)
+        signer = Signer.from_seed(os.urandom(32))
+        ref = Ref(core.study, core.round, checked.proposal.attempt)
+        blob = codec.encode(
+            messages.Commitment(checked.digest, core.charter, *ref, self.id, suite, public, signer.public)
+        )
+        with self._lock:
+            if self._do(facts.Propose(checked, blob, tuple(abandons), self._clock.now_ms())):
+                self._secrets[ref] = _Secrets(secrets, signer)
+            return self._identity.sign("commit", self.state.held[core.study].commitment)
+
+    def endorse(self, manifest: bytes) -> Signed:
+        """Endorse → signed Endorsement."""
+        checked = self._manifest(manifest)
+        self._do(facts.Endorse(checked))
+        return self._sign(checked, "endorse", messages.Endorsement(checked.M, self.id))
+
+    def offer(
+        self, manifest: bytes, offered: Callable[[], Iterable[tuple[Signed, bytes]]]
+    ) -> tuple[Signed, list[tuple[str, ServiceError]]]:
+        """Offer → (signed AcceptList of all accepted so far, hospitals refused with the reason).
+
+        `offered` is called once the attempt is known to be served: (header, this pod's box) of each hospital.
+        """
+        checked = self._manifest(manifest)
+        self._do(facts.Offer(checked, ()))  # may I?
+        entries: dict[str, Entry] = {}
+        streams: dict[str, tuple[bytes, ...]] = {}
+        refused: list[tuple[str, ServiceError]] = []
+        seconds: list[Entry] = []
+        for signed, box in offered():
+            name = ""
+            try:
+                name = codec.peek_ident(messages.Header, "hospital", signed.blob)
+                header = valid.check_header(signed, checked)
+                mark = header.ledger
+                entry = Entry(name, digest("header", signed.blob), mark.sequence, mark.head, False)
+                if name in entries:
+                    seconds.append(entry)
+                    raise ServiceError(Reason.CONFLICT, f"{name} is offered twice: its first header stands")
+                entries[name] = entry
+                streams[name] = self._open(checked, header, box)
+                entries[name] = entry._replace(good=True)
+            except ServiceError as error:
+                refused.append((name, error))
+        command = facts.Offer(checked, (*entries.values(), *seconds))
+        with self._lock:
+            refused += [pair for pair in custody.refused_entries(self.state, command).items() if entries[pair[0]].good]
+            self._do(command)
+            accepted = self.state.held[checked.core.study].accepted
+            kept = self._keys(checked).streams
+            for name, keys in streams.items():
+                if accepted.get(name) == entries[name].header:
+                    kept[name] = keys
+            listed = tuple(messages.Accepted(name, accepted[name]) for name in sorted(accepted, key=str.encode))
+            return self._sign(checked, "accept", messages.AcceptList(checked.M, self.id, listed)), refused
+
+    def lock(self, manifest: bytes, cohort: bytes) -> Signed:
+        """Lock → signed Lock."""
+        checked, parsed = self._manifest(manifest), Cohort.parse(cohort)
+        self._do(facts.LockCohort(checked, parsed))
+        return self._sign(checked, "lock", messages.Lock(checked.M, parsed.digest, len(parsed.members), self.id))
+
+    def release(
+        self, manifest: bytes, certificate: bytes, pieces: Sequence[int], first: int, chunks: int
+    ) -> Iterator[Chunk | Signed]:
+        """Release → of each piece its chunks, then its signed PieceSum. Digest takes the signed ones alone."""
+        checked = self._manifest(manifest)
+        cohort = valid.check_certificate(checked, certificate)
+        locks = codec.decode(messages.CohortCertificate, certificate).locks
+        locked = tuple(codec.decode(messages.Lock, signed.blob).pod for signed in locks)
+        self._do(facts.Release(checked, cohort, locked, tuple(pieces)))
+        own = checked.roster.committee.pieces_of(checked.roster.pod_index(self.id))
+        for piece in pieces:
+            streams = self._keys(checked).streams
+            keys = [streams[member.hospital][own.index(piece)] for member in cohort.members]
+            sums = sum_piece(piece, keys, checked.table, first, chunks)
+            while True:
+                try:
+                    chunk = next(sums)
+                except StopIteration as end:
+                    vector = end.value
+                    break
+                self._keys(checked)  # raises once they were dropped
+                yield chunk
+            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, chunks, vector, self.id)
+            yield self._sign(checked, "release", answer)
+
+    def abandon(self, charter: bytes, ref: Ref, manifest: bytes) -> Signed:
+        """Abandon → signed Abandon, under the identity key."""
+        roster = self.rosters.get(charter)
+        if roster is None or len(ref.study) != 32 or len(manifest) != 32:
+            raise ServiceError(
+                Reason.WRONG_CORE, "the charter to abandon under is not pinned, or a digest is not whole"
+            )
+        roster.pod_index(self.id)
+        self._do(facts.Abandon(roster, ref, manifest))
+        return self._identity.sign("abandon", codec.encode(messages.Abandon(charter, *ref, manifest, self.id)))
+
+    def close(self, signed: Signed) -> None:
+        """Close: on the disk when this returns; keys and seeds are gone."""
+
+        def check(roster: Roster) -> facts.CloseRound:
+            close = open_signed(messages.Close, "close", signed, roster.aggregator.key)
+            if close.charter != roster.charter:
+                raise ServiceError(Reason.WRONG_CORE, "the close names a charter that is not pinned here")
+            return facts.CloseRound(roster, close.study, close.round)
+
+        self._do(self._pinned(check))
+
+    def mark(self, nonce: bytes, asking: str) -> Signed:
+        """HighWater, form 2 → signed mark about `asking` for its nonce."""
+        mark = custody.mark_about(self.state, nonce, check_id(asking, "asking pod"))
+        return self._identity.sign("highwater", codec.encode(mark))
+
+    def deliver(self, marks: Sequence[Signed]) -> None:
+        """HighWater, form 3: P-11 under every pinned charter that enough of the marks are for."""
+        fault: ServiceError | None = None
+        for roster in self.rosters.values():
+            keys = {pod.id: pod.key for pod in roster.pods}
+            good = []
+            for signed in marks:
+                try:
+                    good.append(open_claimed(messages.HighWaterMark, "highwater", signed, "answering", keys))
+                except ServiceError as error:  # one bad mark does not spoil the others
+                    fault = error
+            try:
+                self._do(facts.DeliverMarks(roster, tuple(good)))
+            except ServiceError as error:
+                fault = error
+        if not self.live:
+            raise fault or ServiceError(Reason.ROLLED_BACK, self.state.rolled_back)
+
+    def expire(self) -> None:
+        """Drop the keys whose time is over, though nobody asks for anything."""
+        with self._lock:
+            self._append(custody.decide(self.state, facts.Expire(self._clock.now_ms())))
+
+    def _do(self, command: facts.Command) -> list[facts.Event]:
+        with self._lock:
+            self.expire()
+            events = custody.decide(self.state, command)
+            self._append(events)
+            return events
+
+    def _append(self, events: list[facts.Event]) -> None:
+        if events:
+            self._store.append(events)
+            for event in events:
+                self.state = custody.evolve(self.state, event)
+            self._secrets = {ref: keys for ref, keys in self._secrets.items() if self.state.holds(ref)}
+
+    def _sign(self, checked: valid.CheckedManifest, label: str, message: object) -> Signed:
+        return self._keys(checked).signer.sign(label, codec.encode(message))
+
+    def _keys(self, checked: valid.CheckedManifest) -> _Secrets:
+        found = self._secrets.get(custody.ref_of(checked))
+        if found is None:
+            raise ServiceError(Reason.NOT_LIVE, "the keys of this attempt were dropped: it was closed or has expired")
+        return found
+
+    def _manifest(self, blob: bytes) -> valid.CheckedManifest:
+        return self._pinned(lambda roster: valid.check_manifest(blob, roster))
+
+    def _pinned(self, check: Callable[[Roster], T]) -> T:
+        """`check` under the pinned charter that it names; the refusal that says most where it fails under all."""
+        fault: ServiceError | None = None
+        for roster in self.rosters.values():
+            try:
+                return check(roster)
+            except ServiceError as error:
+                fault = error if fault is None or fault.reason is Reason.WRONG_CORE else fault
+        raise fault or ServiceError(Reason.NOT_FOUND, "no charter is pinned here")
+
+    def _open(self, checked: valid.CheckedManifest, header: messages.Header, box: bytes) -> tuple[bytes, ...]:
+        """The stream keys in a hospital's box; every seed matches its com (§4 step 6)."""
+        committee, index = checked.roster.committee, checked.roster.pod_index(self.id)
+        listed = next(entry.digest for entry in header.boxes if entry.pod == index)
+        if hashlib.sha256(box).digest() != listed:
+            raise ServiceError(Reason.BAD_DIGEST, f"the box of {header.hospital} is not the one in its header")
+        pieces = committee.pieces_of(index)
+        place = (checked.M, header.hospital)
+        opened = open_box(self._keys(checked).sealing, box, box_info(*place, index))
+        seeds = dict(zip(pieces, unpack_seeds(opened, len(pieces)), strict=True))
+        for piece, seed in seeds.items():
+            if commitment(*place, piece, seed) != header.commitments[piece]:
+                raise ServiceError(Reason.BAD_DIGEST, f"{header.hospital}: the seed of piece {piece} is not its com")
+        return tuple(stream_key(seed, *place, piece) for piece, seed in seeds.items())
