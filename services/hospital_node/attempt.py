@@ -72,13 +72,13 @@ def check_mark(checked: CheckedManifest, sent: Sequence[Sent]) -> None:
         if earlier.core != checked.core_digest:
             raise ServiceError(
                 Reason.WRONG_CORE,
-                f"round {number} has another core than the one submitted to at {earlier.attempt} (P-16)",
+                f"round {number} has another core than at attempt {earlier.attempt} (P-16)",
             )
         if earlier.manifest != checked.M and attempt <= earlier.attempt:
             raise ServiceError(
                 Reason.CONFLICT,
-                f"a second manifest for round {number}: attempt {attempt} does not lie above attempt {earlier.attempt}, "
-                "in which this hospital has submitted",
+                f"a second manifest for round {number}: attempt {attempt} does not lie above attempt "
+                f"{earlier.attempt}, in which this hospital has submitted",
             )
 
 

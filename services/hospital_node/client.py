@@ -5,12 +5,11 @@ yet (attempt.py does that). Every call has a deadline and is safe to repeat.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from services.common.errors import Reason, ServiceError
-from services.common.rpc.channel import Caller
+from services.common.rpc.channel import Caller, Stream
 from services.common.rpc.signed import from_wire, to_wire
 from services.common.secagg.messages import Signed
 from services.common.store.blobs import Partial
@@ -85,16 +84,13 @@ class AggregatorClient:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
-    @contextmanager
-    def watch(self, charters: Sequence[bytes]) -> Iterator[Iterator[RoundState]]:
-        """The state now and at every change, while the block lasts; `charters` are the digests pinned here."""
-        request = round_pb2.WatchRoundsRequest(charters=charters)
-        with self._caller.stream(
+    def watch(self, charters: Sequence[bytes]) -> Stream[round_pb2.WatchRoundsResponse]:
+        """The state now and at every change, each to be read with `round_state`; `charters` are the pinned digests."""
+        return self._caller.stream(
             lambda channel: round_pb2_grpc.RoundCoordinationServiceStub(channel).WatchRounds,
-            request,
+            round_pb2.WatchRoundsRequest(charters=charters),
             seconds=_WATCH_SECONDS,
-        ) as answers:
-            yield (_state(answer) for answer in answers)
+        )
 
     def study(self, digest: bytes) -> bytes:
         """The bytes of a study; the caller checks their SHA-256."""
@@ -197,7 +193,8 @@ class AggregatorClient:
         self._caller.close()
 
 
-def _state(answer: round_pb2.WatchRoundsResponse) -> RoundState:
+def round_state(answer: round_pb2.WatchRoundsResponse) -> RoundState:
+    """The claim as the hospital reads it. Raises MALFORMED for a digest that is none."""
     known = {phase.value for phase in Phase}
     for name in ("charter", "study", "model", "previous_result", "manifest"):
         if len(getattr(answer, name)) not in (0, 32):

@@ -4,7 +4,8 @@
     consent → model → evaluation and training → x on disk → [manifest] → checks → y, boxes on disk
     → ONE transaction {pending record, debit} → upload → receipt → [result] → membership → scrub
 Killed anywhere: a pending record is sent again byte for byte; x is reused under the next attempt with an abandon
-certificate; before that a new vector is drawn. `checkpoint(name)` is passed at each of `ports.STEPS`: a test kills there.
+certificate; before that a new vector is drawn. `checkpoint(name)` is
+passed at each of `ports.STEPS`: a test kills there.
 Not here: the loop and its threads (node.py), what makes an attempt valid (attempt.py).
 """
 
@@ -69,7 +70,7 @@ class Participation:
         self._clock = clock
         self._report = report
         self._checkpoint = checkpoint
-        self._progress = Progress()
+        self.progress = Progress()
         self._studies: dict[bytes, LoadedStudy] = {}
 
     def advance(self, state: RoundState, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -80,7 +81,7 @@ class Participation:
         if not state.study:
             self._say("idle", "no study is open")
             return
-        self._progress.study, self._progress.round, self._progress.attempt = state.study, state.round, state.attempt
+        self.progress.study, self.progress.round, self.progress.attempt = state.study, state.round, state.attempt
         self._refuse_halted(state.study)
         charter = self._charter(state.charter)
         refusal = decide_study(self._consents.policy(), state.study)
@@ -102,8 +103,8 @@ class Participation:
         kept = self.store.vector(study.digest, round_number)
         name = kept.name if kept is not None else ""
         shape = round_shape(charter, study, round_number)
-        cost = round_debits(study, shape, model, name, round_number, 0, b"")
-        plain = round_debits(study, round_shape(charter, study, 1), model, name, 1, 0, b"")
+        cost = round_debits(study, shape, model, name, round_number=round_number)
+        plain = round_debits(study, round_shape(charter, study, 1), model, name, round_number=1)
         allowed = self._consents.policy().allowed(study.digest)
         return self.ledger.project(
             cost,
@@ -171,7 +172,7 @@ class Participation:
                 return None
         self._checkpoint("trained")
         packed = encode_round(study.document, shape, update, counts, lambda: secrets.token_bytes(32))
-        stored = self.store.blobs.write([packed])
+        stored = self.store.blobs.write([bytes(packed)])
         self._checkpoint("vector-stored")
         vector = Vector(study.digest, state.round, secrets.token_hex(16), charter.digest, state.model, stored)
         self.store.keep_vector(vector)
@@ -210,7 +211,9 @@ class Participation:
         masked = mask(packed, checked, self.hospital, self.store.blobs.write)
         self._checkpoint("masked")
         shape = round_shape(charter, study, round_number)
-        debits = round_debits(study, shape, vector.model, vector.name, round_number, attempt, checked.M)
+        debits = round_debits(
+            study, shape, vector.model, vector.name, round_number=round_number, attempt=attempt, manifest=checked.M
+        )
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
             mark = self.ledger.mark() if paid else self.ledger.append(connection, debits)
@@ -276,9 +279,9 @@ class Participation:
             answers = self._client.results(study.digest, self.store.chain(study.digest).round)
             if not answers:
                 break  # the claim does not end in a chain: the manifest's own check will refuse it
-            if follow_results(self.store, self.hospital, study, rosters, answers):
-                self._checkpoint("result-checked")
-        self._progress.model_version = self.store.chain(study.digest).version
+            follow_results(self.store, self.hospital, study, rosters, answers)
+            self._checkpoint("result-checked")
+        self.progress.model_version = self.store.chain(study.digest).version
 
     def _check_model(self, study: LoadedStudy, state: RoundState) -> None:
         """The model that a round starts from is the study's first, or the one that the last signed result names."""
@@ -335,7 +338,7 @@ class Participation:
     def _figures(self, study: LoadedStudy, projection: Projection) -> None:
         allowed = self._consents.policy().allowed(study.digest)
         cap = allowed.epsilon if allowed is not None else 0.0
-        self._progress.figures = {
+        self.progress.figures = {
             "epsilon_spent": projection.study_spent,
             "epsilon_left": max(0.0, cap - projection.study_spent),
             "dataset_epsilon_spent": projection.dataset_spent,
@@ -344,6 +347,6 @@ class Participation:
         }
 
     def _say(self, phase: str, detail: str) -> None:
-        self._progress.phase, self._progress.detail = phase, detail
-        _log.info("%s: %s", phase, detail, extra={"round": self._progress.round, "attempt": self._progress.attempt})
-        self._report(self._progress)
+        self.progress.phase, self.progress.detail = phase, detail
+        _log.info("%s: %s", phase, detail, extra={"round": self.progress.round, "attempt": self.progress.attempt})
+        self._report(self.progress)

@@ -148,8 +148,8 @@ def _decide_budget(
         left = max(0.0, allowed.epsilon - projection.study_spent)
         return ServiceError(
             Reason.BUDGET_EXHAUSTED,
-            f"round {projection.round} of study {study.document.name} would bring its ε to {projection.study_after:.3f}, the "
-            f"cap is {allowed.epsilon:g}: {left:.3f} is left, which buys {buys}; raise the study's `epsilon`",
+            f"round {projection.round} of study {study.document.name} would bring its ε to "
+            f"{projection.study_after:.3f}, the cap is {allowed.epsilon:g}: {left:.3f} is left, which buys {buys}; raise the study's `epsilon`",
         )
     if projection.dataset_after > document.dataset_epsilon:
         left = max(0.0, document.dataset_epsilon - projection.dataset_spent)

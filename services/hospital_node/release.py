@@ -6,7 +6,6 @@ not cover a lane, is a leak; so lanes and debits are made side by side from the 
 Not here: masking (submission.py), when a debit is due (participate.py), the table itself (documents.shape).
 """
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from services.common.documents.shape import RoundShape
 from services.common.documents.study import LoadedStudy, Study
-from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale
+from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale, vote_sensitivity
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import LaneTable, clip_update, encode_vector, quantise
 from services.common.secagg.messages import LaneClass
@@ -86,7 +85,14 @@ def encode_round(study: Study, shape: RoundShape, update: object, counts: Counts
 
 
 def round_debits(
-    loaded: LoadedStudy, shape: RoundShape, model: bytes, vector: str, round_number: int, attempt: int, manifest: bytes
+    loaded: LoadedStudy,
+    shape: RoundShape,
+    model: bytes,
+    vector: str,
+    *,
+    round_number: int,
+    attempt: int = 0,
+    manifest: bytes = b"",
 ) -> tuple[Debit, ...]:
     """What releasing this round's lanes costs: one debit a split that is touched, under `none` too (with no noise).
 
@@ -131,8 +137,8 @@ def _sensitivity(study: Study, lane: LaneClass) -> float:
     """Δ₂ in integers of what one patient changes (privacy.md §4, §6)."""
     if lane.name == "parameter":
         return sensitivity_rint(study.privacy.scale_bits, study.privacy.clip, study.model.parameters)
-    tables = 2 if lane.name == "gate" else 1 + len(study.model.classes)
-    return math.sqrt(tables) * 2.0**lane.fraction_bits
+    votes = 2 if lane.name == "gate" else 1 + len(study.model.classes)
+    return vote_sensitivity(votes, lane.fraction_bits)
 
 
 def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> I64:

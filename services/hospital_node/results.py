@@ -62,19 +62,17 @@ def _membership(
     if result.outcome == OUTCOME_REJECTED and not certificate and result.certificate == ZERO_DIGEST:
         return None
     if hashlib.sha256(certificate).digest() != result.certificate:
-        raise ServiceError(
-            Reason.CONFLICT, f"the certificate of round {result.round} is not the one that its result names"
-        )
+        raise ServiceError(Reason.CONFLICT, f"the certificate of round {result.round} is not the one its result names")
     cohort = check_certificate(checked, certificate)
     if cohort.digest != result.cohort:
-        raise ServiceError(Reason.CONFLICT, f"the result of round {result.round} names another cohort than was locked")
+        raise ServiceError(Reason.CONFLICT, f"the result of round {result.round} names a cohort that was not locked")
     own = store.submission(checked.M)
     counted = next((member.header for member in cohort.members if member.hospital == hospital), None)
     if counted is not None and (own is None or own.header_digest != counted):
         raise ServiceError(
             Reason.CONFLICT,
-            f"round {result.round} counts a submission of {hospital} that this node never made: its identity key may be "
-            "in other hands; stop, and bring a new identity into the charter",
+            f"round {result.round} counts a submission of {hospital} that this node never made: its identity key may "
+            "be in other hands; stop, and bring a new identity into the charter",
         )
     if counted is None and own is not None and own.receipt is not None:
         _log.warning(

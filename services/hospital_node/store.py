@@ -41,6 +41,12 @@ CREATE TABLE left_out (
 CREATE TABLE halts (study BLOB PRIMARY KEY, reason TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
 """
 MIGRATIONS = (ledger.SCHEMA, SCHEMA)
+_SELECT = (
+    "SELECT study, round, attempt, manifest, manifest_blob, charter, core, vector_name, header, header_signature, "
+    "header_digest, boxes, chunk_digests, y, vector, receipt, receipt_signature FROM submissions"
+)
+_OF_STUDY = _SELECT + " WHERE study = ? ORDER BY round, attempt"
+_OF_MANIFEST = _SELECT + " WHERE manifest = ?"
 
 
 @dataclass(frozen=True)
@@ -156,20 +162,18 @@ class Store:
             ),
         )
 
-    def submissions(self, study: bytes | None = None) -> tuple[Submission, ...]:
-        """Every submission (of a study) that left or may have left, ascending by round and attempt."""
-        where, parameters = ("", ()) if study is None else (" WHERE study = ?", (study,))
-        rows = self.database.query(
-            "SELECT study, round, attempt, manifest, manifest_blob, charter, core, vector_name, header, "
-            "header_signature, header_digest, boxes, chunk_digests, y, vector, receipt, receipt_signature "
-            f"FROM submissions{where} ORDER BY study, round, attempt",  # noqa: S608 (a constant)
-            parameters,
-        )
-        return tuple(_submission(row) for row in rows)
+    def submissions(self, study: bytes) -> tuple[Submission, ...]:
+        """Every submission of a study that left or may have left, ascending by round and attempt."""
+        return tuple(map(_submission, self.database.query(_OF_STUDY, (study,))))
+
+    def all_submissions(self) -> tuple[Submission, ...]:
+        """Those of every study."""
+        return tuple(map(_submission, self.database.query(_SELECT)))
 
     def submission(self, manifest: bytes) -> Submission | None:
         """The submission under M, if any."""
-        return next((found for found in self.submissions() if found.manifest == manifest), None)
+        rows = self.database.query(_OF_MANIFEST, (manifest,))
+        return _submission(rows[0]) if rows else None
 
     def keep_receipt(self, manifest: bytes, receipt: Signed) -> None:
         """Store a verified receipt; the first one stays."""
@@ -238,9 +242,17 @@ class _Boxes:
 
 
 def _submission(row: tuple[Any, ...]) -> Submission:
-    plain, (header, signature, header_digest, boxes, digests, y, vector, receipt, receipt_signature) = row[:8], row[8:]
+    study, number, attempt, manifest, manifest_blob, charter, core, name, *rest = row
+    header, signature, header_digest, boxes, digests, y, vector, receipt, receipt_signature = rest
     return Submission(
-        *plain,
+        study=study,
+        round=number,
+        attempt=attempt,
+        manifest=manifest,
+        manifest_blob=manifest_blob,
+        charter=charter,
+        core=core,
+        vector_name=name,
         header=Signed(header, signature),
         header_digest=header_digest,
         boxes=decode(_Boxes, boxes).boxes,

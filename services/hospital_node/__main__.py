@@ -1,0 +1,154 @@
+"""`python -m services.hospital_node --config FILE.yaml`: the hospital node until SIGTERM.
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 with one line on stderr for a bad configuration, document or data folder.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from services.common.clock import SystemClock
+from services.common.documents.charter import LoadedCharter
+from services.common.errors import Reason, ServiceError
+from services.common.observe.http import Health, serve_http
+from services.common.observe.logs import configure
+from services.common.observe.process import announce
+from services.common.rpc.certificates import server_name
+from services.common.rpc.channel import Caller, dial
+from services.common.rpc.unix import serve_admin
+from services.common.secagg.signing import Signer
+from services.common.store.blobs import BlobStore
+from services.hospital_node import metrics
+from services.hospital_node.admin import Administration, StatusBoard
+from services.hospital_node.client import AggregatorClient
+from services.hospital_node.config import HospitalConfig, SiteDocuments, leaf_files, load_config, read
+from services.hospital_node.node import Node
+from services.hospital_node.participate import Participation
+from services.hospital_node.ports import Progress, Trainer
+from services.hospital_node.store import Store
+from wardround.admin.v1 import admin_pb2_grpc
+
+_ADMIN_WORKERS = 8
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until SIGTERM; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m services.hospital_node", description=__doc__)
+    parser.add_argument("--config", required=True, type=Path)
+    try:
+        config = load_config(parser.parse_args(arguments).config)
+        if config.threads:
+            os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read once, when torch is first imported
+        return run(config, open_trainer)
+    except ServiceError as error:
+        print(f"hospital node: {error.detail}", file=sys.stderr)
+        return 2
+
+
+def open_trainer(config: HospitalConfig) -> Trainer:
+    """The trainer over the site's images; torch is imported here."""
+    table = Path(config.data) / "metadata.csv"
+    if not table.is_file():
+        raise ServiceError(Reason.INVALID_DATA, f"{table} is missing: `data` must name the folder that holds it")
+    from services.hospital_node.trainer import SiteTrainer
+    from services.hospital_node.training import Compute
+
+    backbones = None if config.backbones is None else Path(config.backbones)
+    return SiteTrainer(Path(config.data), Path(config.state), Compute(config.device, config.threads, backbones))
+
+
+def run(
+    config: HospitalConfig,
+    make_trainer: Callable[[HospitalConfig], Trainer],
+    checkpoint: Callable[[str], None] = lambda name: None,
+) -> int:
+    """Open everything, work until SIGTERM, close everything. Raises ServiceError before the work begins."""
+    configure("hospital", config.id, config.log_level)
+    stop = threading.Event()
+    documents = SiteDocuments(config)
+    charter = next(iter(documents.charters().values()))
+    documents.policy()
+    signer = load_signer(Path(config.identity_key), charter, config.id)
+    store = Store(Path(config.state))
+    health = Health(["store", "loop"])
+    http = serve_http(config.http, health, Path(config.state) / "http.address")
+    announce("hospital", config.id, Path(config.tls.certificate))
+    board = StatusBoard(config.id)
+    client = AggregatorClient(open_caller(config, charter))
+
+    def report(progress: Progress) -> None:
+        board.show(progress)
+        metrics.show(progress)
+        metrics.ledger_events(participation.ledger.mark().sequence)
+
+    participation = Participation(
+        config.id,
+        signer,
+        documents,
+        client=client,
+        store=store,
+        models=BlobStore(Path(config.state) / "models"),
+        trainer=make_trainer(config),
+        clock=SystemClock(),
+        report=report,
+        checkpoint=checkpoint,
+    )
+    node = Node(participation, client, documents, report, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: (stop.set(), node.wake()))
+    admin = serve_admin(
+        [
+            (
+                admin_pb2_grpc.add_AdministrationServiceServicer_to_server,
+                Administration(board, store, participation.ledger),
+            )
+        ],
+        Path(config.admin_socket),
+        _ADMIN_WORKERS,
+    )
+    health.set("store", True, "ledger verified")
+    health.set("loop", True, "connection loop up")
+    health.start()
+    try:
+        node.run()
+    finally:
+        admin.stop(1.0)
+        http.stop()
+        store.close()
+    return 0
+
+
+def open_caller(config: HospitalConfig, charter: LoadedCharter) -> Caller:
+    """The connection to the charter's aggregator: its name and root come from the pinned charter, not the address."""
+    aggregator = charter.document.aggregator
+    name = server_name(aggregator.id, charter.document.consortium)
+    root = aggregator.tls_root.encode()
+    return Caller(lambda leaf: dial(config.aggregator, name, leaf, root, config.proxy), leaf_files(config))
+
+
+def load_signer(path: Path, charter: LoadedCharter, hospital: str) -> Signer:
+    """The identity key, which must be the one that the charter lists. Raises INVALID_DOCUMENT."""
+    try:
+        key = serialization.load_pem_private_key(read(path), None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ServiceError(Reason.INVALID_DOCUMENT, f"{path} holds no Ed25519 key in PEM: give the site's identity key")
+    signer = Signer(key)
+    if signer.public != charter.roster.hospital(hospital).key:
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT,
+            f"{path} is not the key that the pinned charter lists for {hospital}: give that one",
+        )
+    return signer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

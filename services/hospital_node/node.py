@@ -1,0 +1,223 @@
+"""The hospital's loop: watch the aggregator, take part, never give up on a lost connection.
+
+Two threads: one holds the watch stream (the hospital counts as enrolled while it is open, also during hours of
+training), the caller's own does all the work. What failed is tried again with growing waits; what was refused stays
+refused until the aggregator's claim or the policy changes.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from secrets import SystemRandom
+
+from services.common.errors import Reason, ServiceError
+from services.common.rpc.channel import Stream
+from services.hospital_node import metrics
+from services.hospital_node.client import AggregatorClient, Phase, RoundState, round_state
+from services.hospital_node.participate import Participation
+from services.hospital_node.ports import Consents, Progress
+from wardround.round.v1 import round_pb2
+
+_log = logging.getLogger(__name__)
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 30.0
+_TICK = 10.0  # seconds between two looks at the site's own documents
+_RETRIED = frozenset(
+    {
+        Reason.UNREACHABLE,
+        Reason.STORAGE,
+        Reason.STALE_VERSION,
+        Reason.WRONG_PHASE,
+        Reason.BELOW_QUORUM,
+        Reason.NOT_FOUND,
+        Reason.BAD_DIGEST,
+        Reason.INTERNAL,
+    }
+)
+_DECLINED = frozenset({Reason.POLICY_REFUSES, Reason.BUDGET_EXHAUSTED})
+
+
+class Latest:
+    """The newest claim of the aggregator. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._state: RoundState | None = None
+        self._version = 0
+
+    def put(self, state: RoundState) -> None:
+        """Take a newer claim."""
+        with self._changed:
+            self._state = state
+            self._version += 1
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let the waiter look around."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def get(self) -> tuple[int, RoundState | None]:
+        """(version, claim); the version grows with every claim."""
+        with self._changed:
+            return self._version, self._state
+
+    def wait(self, seen: int, seconds: float) -> None:
+        """Return when there is a claim newer than version `seen`, on `wake`, or after `seconds`."""
+        with self._changed:
+            if self._version == seen:
+                self._changed.wait(seconds)
+
+
+class Watcher:
+    """The thread that holds the watch stream open."""
+
+    def __init__(self, client: AggregatorClient, consents: Consents, latest: Latest, stop: threading.Event) -> None:
+        self._client = client
+        self._consents = consents
+        self._latest = latest
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._stream: Stream[round_pb2.WatchRoundsResponse] | None = None
+        self._watched: tuple[bytes, ...] = ()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def renew(self, charters: tuple[bytes, ...]) -> None:
+        """Dial again when other charters are pinned than the aggregator was told (P-26)."""
+        with self._lock:
+            stale = self._stream is not None and charters != self._watched
+            stream = self._stream
+        if stale and stream is not None:
+            stream.cancel()
+
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        wait = _FIRST_WAIT
+        while not self._stop.is_set():
+            try:
+                if self._watch():
+                    wait = _FIRST_WAIT
+            except ServiceError as error:
+                _log.warning("the aggregator's state cannot be watched: %s", error.detail)
+            metrics.connected(False)
+            self._stop.wait(SystemRandom().uniform(wait / 2, wait))
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _watch(self) -> bool:
+        """One stream to its end; whether anything came."""
+        charters, came = tuple(self._consents.charters()), False
+        try:
+            with self._client.watch(charters) as answers:
+                with self._lock:
+                    self._stream, self._watched = answers, charters
+                for answer in answers:
+                    metrics.connected(True)
+                    came = True
+                    self._latest.put(round_state(answer))
+        except ServiceError as error:
+            if not came:
+                raise
+            _log.info("the watch stream ended: %s", error.detail)
+        finally:
+            with self._lock:
+                self._stream = None
+        return came
+
+
+class Node:
+    """One hospital at work until `stop` is set."""
+
+    def __init__(
+        self,
+        participation: Participation,
+        client: AggregatorClient,
+        consents: Consents,
+        report: Callable[[Progress], None],
+        stop: threading.Event,
+    ) -> None:
+        self._participation = participation
+        self._client = client
+        self._consents = consents
+        self._report = report
+        self._stop = stop
+        self._latest = Latest()
+        self._watcher = Watcher(client, consents, self._latest, stop)
+        self._refused: tuple[RoundState, bytes] | None = None
+        self._declined: set[tuple[bytes, int]] = set()
+        self._failed: set[tuple[bytes, int]] = set()
+
+    def wake(self) -> None:
+        """Let the loop see that `stop` is set."""
+        self._latest.wake()
+
+    def run(self) -> None:
+        """Work until `stop` is set; every refusal and fault is handled here."""
+        self._watcher.start()
+        wait = _FIRST_WAIT
+        while not self._stop.is_set():
+            version, state = self._latest.get()
+            pause = _TICK
+            try:
+                self._watcher.renew(tuple(self._consents.charters()))
+                if state is not None and self._is_news(state):
+                    self._participation.advance(state, lambda: self._is_over(state))
+                wait = _FIRST_WAIT
+            except ServiceError as error:
+                if error.reason in _RETRIED:
+                    self._say("retrying", error)
+                    pause, wait = SystemRandom().uniform(wait / 2, wait), min(2 * wait, _LONGEST_WAIT)
+                elif state is not None:
+                    self._refuse(state, error)
+            except Exception:
+                _log.exception("a fault of this program: the round is left alone until the aggregator's state changes")
+                if state is not None:
+                    self._refuse(state, ServiceError(Reason.INTERNAL, "a fault of this program; see the log"))
+            self._latest.wait(version, pause)
+        self._client.close()
+        self._watcher.join()
+
+    def _is_news(self, state: RoundState) -> bool:
+        if (state.study, state.round) in self._failed:
+            return False
+        return self._refused != (state, self._consents.policy().digest)
+
+    def _is_over(self, state: RoundState) -> bool:
+        """Whether work on the round of `state` has lost its purpose."""
+        now = self._latest.get()[1]
+        other = now is not None and (
+            (now.study, now.round) != (state.study, state.round)
+            or now.closed_round >= state.round
+            or now.phase in (Phase.CLOSING, Phase.FINISHED)
+        )
+        return other or self._stop.is_set()
+
+    def _refuse(self, state: RoundState, error: ServiceError) -> None:
+        """Say why, once; tell the aggregator only what cannot depend on patients' data (P-6)."""
+        place = (state.study, state.round)
+        self._refused = (state, self._consents.policy().digest)
+        metrics.refused(error.reason)
+        metrics.halted(self._participation.store.halted(state.study) is not None)
+        self._say("refused", error)
+        if error.reason in metrics.DATA_REASONS:
+            # A new draw on the same images would fail again, and its absence again: this round is left.
+            self._failed.add(place)
+        elif error.reason in _DECLINED and place not in self._declined:
+            try:
+                self._client.decline(state.study, state.round, error.reason)
+                self._declined.add(place)
+            except ServiceError as unsaid:
+                _log.warning("the aggregator could not be told: %s", unsaid.detail)
+
+    def _say(self, phase: str, error: ServiceError) -> None:
+        _log.warning("%s: %s", phase, error.detail, extra={"reason": error.reason.value})
+        progress = self._participation.progress
+        progress.phase, progress.detail = phase, error.detail
+        if error.reason in metrics.DATA_REASONS:
+            progress.phase, progress.detail = "waiting", "this round is left; the log says why"
+        self._report(progress)

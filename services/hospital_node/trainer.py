@@ -1,0 +1,67 @@
+"""The port `Trainer` over this site's images. Imports torch, so only `__main__` imports this module, and late."""
+
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from services.common.documents.study import LoadedStudy
+from services.hospital_node.dataset import Dataset, Split, load_dataset
+from services.hospital_node.evaluation import evaluate
+from services.hospital_node.models import build, layout, read_model_file
+from services.hospital_node.release import Counts
+from services.hospital_node.training import Compute, Task, discard_progress, prepare, train_round
+
+_log = logging.getLogger(__name__)
+
+
+class SiteTrainer:
+    """Trains in this process, in the caller's thread (docs/adr/0007-training-in-process.md)."""
+
+    def __init__(self, data: Path, state: Path, compute: Compute) -> None:
+        self._data = data
+        self._state = state
+        self._progress = state / "progress"
+        self._compute = compute
+        self._dataset: tuple[bytes, Dataset] | None = None
+
+    def train(
+        self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
+    ) -> npt.NDArray[np.float64] | None:
+        """Trained minus start weights (d); None when stopped. Raises NOT_FINITE, INVALID_DATA, STORAGE."""
+        result = train_round(
+            self._vector(study, model),
+            self._open(study, should_stop),
+            study.document,
+            Task(study.digest, round_number, model_digest),
+            progress=self._progress,
+            keys=lambda: secrets.token_bytes(32),
+            should_stop=should_stop,
+            compute=self._compute,
+        )
+        return None if result is None else result.delta
+
+    def evaluate(self, study: LoadedStudy, model: Path, split: Split) -> Counts:
+        """Exact counts over one split. Raises INVALID_DATA."""
+        dataset = self._open(study, lambda: False)
+        return evaluate(self._vector(study, model), dataset, split, study.document, self._compute)
+
+    def forget(self) -> None:
+        """Drop the checkpoint of the round."""
+        discard_progress(self._progress)
+
+    def _vector(self, study: LoadedStudy, model: Path) -> npt.NDArray[np.float32]:
+        return read_model_file(model, layout(build(study.document.model)))
+
+    def _open(self, study: LoadedStudy, should_stop: Callable[[], bool]) -> Dataset:
+        """The data set as this study sees it; every image is decoded once, before anything of a round is timed."""
+        if self._dataset is None or self._dataset[0] != study.digest:
+            section = study.document.model
+            dataset = load_dataset(self._data, section.classes, section.image_size, self._state)
+            prepare(dataset, study.document, self._compute, should_stop)
+            self._dataset = (study.digest, dataset)
+            _log.info("the data set is open; its unit is the %s", dataset.unit)
+        return self._dataset[1]
