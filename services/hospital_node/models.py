@@ -167,7 +167,7 @@ def write_model_file(path: Path, shapes: Layout, vector: NDArray[np.float32]) ->
     head, data = _header(shapes), np.ascontiguousarray(vector, "<f4")
     replace_file(path, [head, data.data])
     digest = hashlib.sha256(head)
-    digest.update(data)
+    digest.update(data.data)
     return digest.digest()
 
 

@@ -1,23 +1,49 @@
-"""Local training of one round: DP-SGD by patient (`local`) or plain SGD (`none`), resumable at any step."""
+"""Local training of one round: DP-SGD by patient (`local`) or plain SGD (`none`), resumable at any step.
 
+Under `local` a step is: a Poisson sample of patients → clipped sum in integers → discrete Gaussian noise → divided
+by a constant → SGD. Sample, choice of image, turns and noise come from fresh keys of the operating system; no torch
+or numpy generator touches them. Steps that a checkpoint holds are kept; every later step draws anew, so a crash
+spends nothing: what a lost step had computed was never seen by anyone.
+"""
+
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save as safetensors_bytes
 
 from services.common.documents.study import Study
+from services.common.errors import Reason, ServiceError
+from services.common.store.durable import replace_file, sync_folder
 from services.hospital_node.dataset import Dataset
+from services.hospital_node.gradients import gradients
+from services.hospital_node.inputs import open_inputs
+from services.hospital_node.models import build, load_vector
+
+_CHECKPOINTS = 10  # in a round; a crash loses at most a tenth of it
+_CHECKPOINT = "training.safetensors"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where the site computes. `backbones`: folder with the weights files of frozen backbones, by any name."""
+    """Where the site computes. `device`: auto, cpu or cuda; `threads`: 0 = torch's choice.
+
+    `backbones`: folder with the weights files of frozen backbones, under any name.
+    """
 
     device: str = "auto"
     threads: int = 0
     backbones: Path | None = None
+
+
+_DEFAULT = Compute()
 
 
 @dataclass(frozen=True)
@@ -39,20 +65,122 @@ class TrainResult:
     images_per_second: float
 
 
+@dataclass
+class _Progress:
+    """The optimiser between two steps; float64, so that small steps are not lost in a long round."""
+
+    weights: NDArray[np.float64]
+    velocity: NDArray[np.float64]
+    step: int = 0
+
+
+def open_device(compute: Compute) -> torch.device:
+    """The device that `compute` names, and torch's threads set. Raises NOT_FOUND for a missing GPU."""
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ServiceError(
+            Reason.NOT_FOUND, "device is cuda, but torch finds no GPU here: set device to cpu, or mend the driver"
+        )
+    wants_gpu = compute.device == "cuda" or (compute.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if wants_gpu else "cpu")
+
+
+def prepare(dataset: Dataset, study: Study, compute: Compute, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Decode every image once, and compute features that are not cached yet, before any round. Raises INVALID_DATA.
+
+    Afterwards the time of a round does not depend on a first decode, and no bad file can end one.
+    """
+    inputs = open_inputs(dataset, study.model, open_device(compute), compute.backbones, should_stop)
+    if inputs.augmentable:
+        dataset.check_images(should_stop=should_stop)
+
+
 def train_round(
     vector: NDArray[np.float32],
     dataset: Dataset,
     study: Study,
     task: Task,
+    *,
     progress: Path,
     keys: Callable[[], bytes],
     should_stop: Callable[[], bool],
-    compute: Compute = Compute(),  # noqa: B008 (frozen)
+    compute: Compute = _DEFAULT,
 ) -> TrainResult | None:
-    """Train from `vector` (d). `keys()` gives fresh 32-byte OS keys. Resumes from `progress`; None when stopped."""
-    raise NotImplementedError
+    """Train from `vector` (d); resumes from the folder `progress`. None when `should_stop()` said so between steps.
+
+    `keys()` gives a fresh 32-byte key of the operating system at every call. Raises NOT_FINITE (a failed training:
+    nothing is submitted), INVALID_DATA, INVALID_DOCUMENT, STORAGE.
+    """
+    device = open_device(compute)
+    module = build(study.model)
+    load_vector(module, vector)
+    module.to(device).train()
+    inputs = open_inputs(dataset, study.model, device, compute.backbones, should_stop)
+    gradient_of, steps = gradients(module, inputs, dataset, study, keys)
+    start = vector.astype(np.float64)
+    state = _resume(progress, task, start.size) or _Progress(start.copy(), np.zeros_like(start))
+    every = max(1, steps // _CHECKPOINTS)
+    began, seen, first = time.monotonic(), 0, state.step
+    while state.step < steps:
+        if should_stop():
+            return None
+        load_vector(module, state.weights)
+        gradient, images = gradient_of()
+        _descend(state, gradient, study)
+        seen += images
+        if state.step % every == 0 or state.step == steps:
+            _save(progress, task, state)
+    seconds = time.monotonic() - began
+    _log.info("trained round %d: steps %d to %d in %.1f s", task.round, first, steps, seconds)
+    return TrainResult(state.weights - start, steps - first, seconds, seen / seconds if seconds > 0 else 0.0)
 
 
 def discard_progress(progress: Path) -> None:
     """Forget the checkpoint once the round's vector is stored or the round is given up."""
-    raise NotImplementedError
+    path = progress / _CHECKPOINT
+    if path.exists():
+        path.unlink()
+        sync_folder(progress)
+
+
+def _descend(state: _Progress, gradient: NDArray[np.float64], study: Study) -> None:
+    """One SGD step with momentum; weight decay acts on the weights, which are public, so it costs no privacy."""
+    section = study.training
+    state.velocity *= section.momentum
+    state.velocity += gradient + section.weight_decay * state.weights
+    state.weights -= section.learning_rate * state.velocity
+    state.step += 1
+    if not np.isfinite(state.weights).all():
+        raise ServiceError(
+            Reason.NOT_FINITE,
+            f"training diverged in step {state.step}: the study's training.learning_rate is too large",
+        )
+
+
+def _save(progress: Path, task: Task, state: _Progress) -> None:
+    """Replace the checkpoint: weights, optimiser and step in one file, so they never disagree."""
+    label = {"task": _label(task), "step": str(state.step)}
+    blob = safetensors_bytes({"weights": state.weights, "velocity": state.velocity}, label)
+    replace_file(progress / _CHECKPOINT, [blob])
+
+
+def _resume(progress: Path, task: Task, parameters: int) -> _Progress | None:
+    """The checkpoint of exactly this task; another's, or one that cannot be read, counts as none."""
+    path = progress / _CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="numpy") as stored:
+            label = stored.metadata() or {}
+            state = _Progress(stored.get_tensor("weights"), stored.get_tensor("velocity"), int(label.get("step", "0")))
+    except (safetensors.SafetensorError, ValueError) as error:
+        _log.warning("the checkpoint %s cannot be read (%s): training begins anew", path, error)
+        return None
+    if label.get("task") != _label(task) or state.weights.shape != (parameters,):
+        return None
+    return state
+
+
+def _label(task: Task) -> str:
+    return f"{task.study_digest.hex()}/{task.round}/{task.model_digest.hex()}"

@@ -1,0 +1,159 @@
+"""The gradient of one step: clipped, summed and noised by patient (`local`), or plain (`none`).
+
+Which patients, which image of each, how it is turned, and the noise: all from fresh keys of the operating system
+(privacy.md §4). torch's and numpy's generators decide nothing here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from services.common.documents.study import Study
+from services.common.dp.keystream import words
+from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale
+from services.common.dp.sampling import choose_one, poisson_sample
+from services.common.errors import Reason, ServiceError
+from services.hospital_node.clipping import clipped_sum, integer_sum
+from services.hospital_node.dataset import Dataset, Fold
+from services.hospital_node.inputs import TURNS, Inputs
+from services.hospital_node.models import layout, size, trainable
+
+Keys = Callable[[], bytes]
+Gradient = Callable[[], tuple[NDArray[np.float64], int]]
+
+_BLOCK = 8  # micro-batches that are on the device at once
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Patients with equally many rows each: `images` (patients, rows), and how each is turned (None: as it is)."""
+
+    images: NDArray[np.int64]
+    turns: NDArray[np.int64] | None
+
+
+class _Adjusted(nn.Module):
+    """The model with log π added to its scores (logit adjustment, Menon 2021, arXiv:2007.07314): for training only."""
+
+    def __init__(self, inner: nn.Module, shares: tuple[float, ...]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("shift", torch.tensor(shares, dtype=torch.float64).log().float(), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores (n, classes), shifted."""
+        return self.inner(inputs) + self.get_buffer("shift")
+
+
+def gradients(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> tuple[Gradient, int]:
+    """How this study takes a gradient of `module` on the training patients, and how many steps a round has.
+
+    Each call gives the gradient of the mean loss (d) float64, and the rows it took (for this site's eyes only).
+    Raises INVALID_DOCUMENT for a mechanism or augmentation that cannot be trained here.
+    """
+    shares = study.training.class_frequencies
+    adjusted = _Adjusted(module, shares).to(next(module.parameters()).device) if shares else module
+    if not inputs.augmentable and study.training.augmentations > 1:
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
+        )
+    if study.privacy.mechanism == "local":
+        return _private(adjusted, inputs, dataset, study, keys), study.privacy.steps_per_round
+    if study.privacy.mechanism == "none":
+        return _plain(adjusted, inputs, dataset, study, keys), study.training.local_steps
+    raise ServiceError(
+        Reason.INVALID_DOCUMENT,
+        f"privacy.mechanism {study.privacy.mechanism} is not trained by this version: choose local, or none",
+    )
+
+
+def shuffled(key: bytes, count: int) -> NDArray[np.int64]:
+    """A uniform order of 0..count-1 from AES-256-CTR words of `key`."""
+    return np.argsort(words(key, 0, count), kind="stable")
+
+
+def _private(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
+    """DP-SGD: also a step that sampled nobody has noise, and the divisor is the study's, never the batch's size.
+
+    With q = 1 a patient's gradient is the mean over all its images, else that of one, uniform and secret.
+    """
+    fold, privacy, micro_batch = dataset.fold("train"), study.privacy, study.training.micro_batch
+    parameters = size(layout(module))
+    sensitivity = sensitivity_rint(privacy.scale_bits, privacy.clip, parameters)
+    noise = DiscreteGaussian(share_scale(privacy.noise_multiplier, sensitivity, 1, 0))
+    device = next(module.parameters()).device
+
+    def gradient() -> tuple[NDArray[np.float64], int]:
+        total, seen = np.zeros(parameters, np.float64), 0
+        for rows in _draw(fold, study, inputs, keys, poisson_sample(keys(), len(fold), privacy.sampling_rate)):
+            at_once = max(1, micro_batch * study.training.augmentations // rows.images.shape[1])
+            for images, labels in _tensors(rows, dataset, inputs, at_once * _BLOCK, device):
+                total += clipped_sum(module, images, labels, privacy.clip, at_once)
+                seen += labels.numel()
+        # One rounding of the whole sum: Δ₂ counts √d once. The noise comes after it, in integers.
+        noised = integer_sum(total, privacy.scale_bits) + noise.draw(keys(), parameters)
+        return noised / 2.0**privacy.scale_bits / privacy.expected_batch, seen
+
+    return gradient
+
+
+def _plain(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
+    """Minibatch SGD: patients in a random order, a new one when all were seen; one random image of each."""
+    fold, training = dataset.fold("train"), study.training
+    device = next(module.parameters()).device
+    waiting = np.empty(0, np.int64)
+
+    def gradient() -> tuple[NDArray[np.float64], int]:
+        nonlocal waiting
+        if not waiting.size:
+            waiting = shuffled(keys(), len(fold))
+        chosen, waiting = waiting[: training.batch_size], waiting[training.batch_size :]
+        module.zero_grad(set_to_none=True)
+        seen = 0
+        for rows in _draw(fold, study, inputs, keys, chosen):
+            for images, labels in _tensors(rows, dataset, inputs, training.micro_batch, device):
+                loss = functional.cross_entropy(module(images.flatten(0, 1)), labels.flatten(), reduction="sum")
+                (loss / rows.images.size).backward()  # type: ignore[no-untyped-call]  # torch has no types here
+                seen += labels.numel()
+        flat = [p.grad.cpu().numpy().ravel() for _, p in trainable(module) if p.grad is not None]
+        return np.concatenate(flat).astype(np.float64), seen
+
+    return gradient
+
+
+def _draw(fold: Fold, study: Study, inputs: Inputs, keys: Keys, chosen: NDArray[np.int64]) -> Iterator[_Rows]:
+    """The rows of the chosen patients, each image `augmentations` times with a random turn."""
+    if not chosen.size:
+        return
+    counts = np.array([fold.images[patient].size for patient in chosen], np.int64)
+    if study.privacy.mechanism == "local" and study.privacy.sampling_rate == 1:
+        groups = [
+            np.stack([fold.images[patient] for patient in chosen[counts == count]]) for count in np.unique(counts)
+        ]
+    else:
+        picks = choose_one(keys(), counts)
+        groups = [np.array([[fold.images[p][i]] for p, i in zip(chosen, picks, strict=True)], np.int64)]
+    for images in groups:
+        if not inputs.augmentable:
+            yield _Rows(images, None)
+            continue
+        repeated = np.repeat(images, study.training.augmentations, axis=1)
+        turns = choose_one(keys(), np.full(repeated.size, TURNS)).reshape(repeated.shape)
+        yield _Rows(repeated, turns)
+
+
+def _tensors(
+    rows: _Rows, dataset: Dataset, inputs: Inputs, patients: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs (p, rows, …) and labels (p, rows) of at most `patients` patients at a time."""
+    for start in range(0, rows.images.shape[0], patients):
+        images = rows.images[start : start + patients]
+        turns = None if rows.turns is None else rows.turns[start : start + patients].ravel()
+        batch = inputs.batch(images.ravel(), turns)
+        labels = torch.from_numpy(dataset.labels[images]).to(device)
+        yield batch.reshape(*images.shape, *batch.shape[1:]), labels
