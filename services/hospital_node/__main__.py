@@ -7,7 +7,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +70,6 @@ def run(
 ) -> int:
     """Open everything, work until SIGTERM, close everything. Raises ServiceError before the work begins."""
     configure("hospital", config.id, config.log_level)
-    stop = threading.Event()
     documents = SiteDocuments(config)
     charter = next(iter(documents.charters().values()))
     documents.policy()
@@ -100,9 +98,9 @@ def run(
         report=report,
         checkpoint=checkpoint,
     )
-    node = Node(participation, client, documents, report, stop)
+    node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: (stop.set(), node.wake()))
+        signal.signal(number, lambda *_: node.stop())
     admin = serve_admin(
         [
             (

@@ -8,6 +8,7 @@ refused until the aggregator's claim or the policy changes.
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from secrets import SystemRandom
 
 from services.common.errors import Reason, ServiceError
@@ -131,7 +132,7 @@ class Watcher:
 
 
 class Node:
-    """One hospital at work until `stop` is set."""
+    """One hospital at work until `stop` is called."""
 
     def __init__(
         self,
@@ -139,25 +140,25 @@ class Node:
         client: AggregatorClient,
         consents: Consents,
         report: Callable[[Progress], None],
-        stop: threading.Event,
     ) -> None:
         self._participation = participation
         self._client = client
         self._consents = consents
         self._report = report
-        self._stop = stop
+        self._stop = threading.Event()
         self._latest = Latest()
-        self._watcher = Watcher(client, consents, self._latest, stop)
+        self._watcher = Watcher(client, consents, self._latest, self._stop)
         self._refused: tuple[RoundState, bytes] | None = None
         self._declined: set[tuple[bytes, int]] = set()
         self._failed: set[tuple[bytes, int]] = set()
 
-    def wake(self) -> None:
-        """Let the loop see that `stop` is set."""
+    def stop(self) -> None:
+        """Let `run` end soon; safe in a signal handler (the condition's lock is re-entrant)."""
+        self._stop.set()
         self._latest.wake()
 
     def run(self) -> None:
-        """Work until `stop` is set; every refusal and fault is handled here."""
+        """Work until `stop` is called; every refusal and fault is handled here."""
         self._watcher.start()
         wait = _FIRST_WAIT
         while not self._stop.is_set():
@@ -166,13 +167,15 @@ class Node:
             try:
                 self._watcher.renew(tuple(self._consents.charters()))
                 if state is not None and self._is_news(state):
-                    self._participation.advance(state, lambda: self._is_over(state))
+                    self._participation.advance(state, partial(self._is_over, state))
                 wait = _FIRST_WAIT
             except ServiceError as error:
                 if error.reason in _RETRIED:
                     self._say("retrying", error)
                     pause, wait = SystemRandom().uniform(wait / 2, wait), min(2 * wait, _LONGEST_WAIT)
-                elif state is not None:
+                elif state is None:
+                    self._say("refused", error)
+                else:
                     self._refuse(state, error)
             except Exception:
                 _log.exception("a fault of this program: the round is left alone until the aggregator's state changes")
@@ -185,7 +188,14 @@ class Node:
     def _is_news(self, state: RoundState) -> bool:
         if (state.study, state.round) in self._failed:
             return False
-        return self._refused != (state, self._consents.policy().digest)
+        return self._refused != (state, self._policy_digest())
+
+    def _policy_digest(self) -> bytes:
+        """Of the policy on the disk; empty while it cannot be used, so that a mended one is news."""
+        try:
+            return self._consents.policy().digest
+        except ServiceError:
+            return b""
 
     def _is_over(self, state: RoundState) -> bool:
         """Whether work on the round of `state` has lost its purpose."""
@@ -200,7 +210,7 @@ class Node:
     def _refuse(self, state: RoundState, error: ServiceError) -> None:
         """Say why, once; tell the aggregator only what cannot depend on patients' data (P-6)."""
         place = (state.study, state.round)
-        self._refused = (state, self._consents.policy().digest)
+        self._refused = (state, self._policy_digest())
         metrics.refused(error.reason)
         metrics.halted(self._participation.store.halted(state.study) is not None)
         self._say("refused", error)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from services.common.documents.policy import LoadedPolicy
 from services.common.documents.study import LoadedStudy
 from services.hospital_node.release import Counts
 
+Split = Literal["train", "validation", "test"]
 STEPS = (
     "consented",
     "model-fetched",
@@ -41,7 +42,7 @@ class Trainer(Protocol):
         """Trained minus start weights (d), or None when stopped; resumes from its own checkpoint."""
         ...
 
-    def evaluate(self, study: LoadedStudy, model: Path, split: str) -> Counts:
+    def evaluate(self, study: LoadedStudy, model: Path, split: Split) -> Counts:
         """Exact counts of the model over one split; every patient votes once."""
         ...
 
