@@ -274,7 +274,6 @@ KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in typing.get_args(Fact
 SOFT: tuple[type[Any], ...] = (
     Committed,
     Endorsed,
-    Collecting,
     Declined,
     Offering,
     Listed,

@@ -1,7 +1,8 @@
 """Rounds and attempts of one study: a PURE state machine (protocol.md §4, §5).
 
 Rules of this file
-- Every transition lives here and in `ALLOWED` (state.py, beside the phases); nothing here reads a clock, a socket, a disk or randomness.
+- Every transition lives here and in `ALLOWED` (state.py, beside the phases).
+- Nothing here reads a clock, a socket, a disk or randomness.
 - `decide(state, rules, command)` returns the facts that follow and changes nothing; `evolve(state, fact)` is total.
 - Time is data: every command carries `at` (Unix ms). `Tick` says in addition which pods can answer now.
 - A fact that is a command already was checked at the edge (signatures, digests, membership of M); here only

@@ -78,6 +78,7 @@ class State:
     version: int = 0
     newest_version: int = 0
     gated: Gated | None = None
+    close: Signed | None = None  # of the newest concluded round
     charter: bytes = b""
     core: bytes = b""
     kind: str = "train"
@@ -191,7 +192,7 @@ def evolve(state: State, fact: f.Fact) -> State:
                 gated = Gated(state.model, state.version, float(fact.figure))
             return replace(
                 state, previous_result=fact.result_digest, model=fact.model, version=fact.version, gated=gated,
-                newest_version=max(state.newest_version, fact.version),
+                newest_version=max(state.newest_version, fact.version), close=fact.close,
             )  # fmt: skip
         case _:
             return state

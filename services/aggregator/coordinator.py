@@ -1,0 +1,275 @@
+"""Drives the rounds of the plan: ONE thread takes commands, decides, stores, then asks the pods what is open.
+
+After every command and at every alarm it derives from the state what follows; so a process killed at any point goes
+on where its log ends. Commands that wait together are stored in one transaction. Nobody is answered and nothing is
+asked before the hard facts behind it are on the disk (`facts.SOFT` says which may wait).
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from services.aggregator import facts as f
+from services.aggregator import metrics
+from services.aggregator.committee import Committee
+from services.aggregator.orders import orders
+from services.aggregator.plan import Plan
+from services.aggregator.round import Phase, State, Tick, alarms, decide
+from services.aggregator.study_run import StudyRun
+from services.common.clock import Clock
+from services.common.errors import Reason, ServiceError
+
+_log = logging.getLogger(__name__)
+_SOFT_MS = 50  # soft facts reach the disk within this even when nothing hard follows
+_FAULT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The published state: everything in it that must be on the disk is there."""
+
+    run: StudyRun
+    state: State
+    plan: Plan
+
+
+class Enrolment:
+    """Which hospitals watch rounds now, and which charters they report. Thread-safe."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._watching: dict[object, tuple[str, tuple[bytes, ...]]] = {}
+
+    def join(self, token: object, hospital: str, charters: tuple[bytes, ...]) -> None:
+        """A hospital watches; `token` stands for this one stream."""
+        with self._lock:
+            self._watching[token] = (hospital, charters)
+        self._changed()
+
+    def leave(self, token: object) -> None:
+        """That stream ended."""
+        with self._lock:
+            self._watching.pop(token, None)
+        self._changed()
+
+    def reports(self) -> dict[str, tuple[bytes, ...]]:
+        """Charter digests that each watching hospital holds."""
+        with self._lock:
+            return dict(self._watching.values())
+
+
+class Coordinator:
+    """The thread. `tell` is for everybody else; watchers are told of every published change."""
+
+    def __init__(self, run: StudyRun, plan: Plan, clock: Clock, next_run: Callable[[], StudyRun]) -> None:
+        """`run` may be of an older plan with an open round; `next_run` makes that of `plan` once it is over."""
+        self.run = run
+        self._next_run = next_run
+        self.committee = Committee(self.poke)
+        self.enrolment = Enrolment(self.poke)
+        self._plan = plan
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._queue: list[tuple[f.Fact, Future[None]]] = []
+        self._poked = True
+        self._stopping = False
+        self._held: set[tuple[str, int]] = set()
+        self._held_of = b""  # the M that `_held` is about
+        self._watchers: dict[object, Callable[[Snapshot], None]] = {}
+        self._snapshot = Snapshot(run, run.state, plan)
+        self._tallying: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="conclude")
+        self._thread = threading.Thread(target=self._loop, name="coordinator", daemon=True)
+
+    def start(self) -> None:
+        """Begin; what was open before is asked again as pods dial."""
+        self.run.scrub()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Store what is left and end."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The newest published state."""
+        return self._snapshot
+
+    def now(self) -> int:
+        """Unix milliseconds."""
+        return self._clock.now_ms()
+
+    def poke(self) -> None:
+        """Something outside the log changed (a pod dialled, say): look again."""
+        with self._condition:
+            self._poked = True
+            self._condition.notify()
+
+    def tell(self, fact: f.Fact, seconds: float = 60) -> None:
+        """Hand in a fact and wait until it stands or is refused with the reason of `round.decide`."""
+        future: Future[None] = Future()
+        with self._condition:
+            if self._stopping:
+                raise ServiceError(Reason.UNREACHABLE, "the aggregator is stopping: try again in a moment")
+            self._queue.append((fact, future))
+            self._condition.notify()
+        try:
+            future.result(seconds)
+        except TimeoutError:
+            raise ServiceError(Reason.UNREACHABLE, "the aggregator is busy: try again") from None
+
+    def holds(self, manifest: bytes, pod: str, piece: int) -> None:
+        """This pod's sum of this piece lies on our disk."""
+        with self._condition:
+            if self._held_of != manifest:
+                self._held, self._held_of = set(), manifest
+            self._held.add((pod, piece))
+            self._poked = True
+            self._condition.notify()
+
+    def watch(self, token: object, told: Callable[[Snapshot], None]) -> None:
+        """Call `told` now and after every change, until `unwatch`; it must not block."""
+        with self._condition:
+            self._watchers[token] = told
+            told(self._snapshot)
+
+    def unwatch(self, token: object) -> None:
+        """Stop telling."""
+        with self._condition:
+            self._watchers.pop(token, None)
+
+    def _loop(self) -> None:
+        alarm: int | None = None
+        while True:
+            with self._condition:
+                if not (self._queue or self._poked or self._stopping):
+                    wait = None if alarm is None else max(0.0, (alarm - self.now()) / 1000)
+                    self._condition.wait(wait)
+                batch, self._queue = self._queue, []
+                idle = not (batch or self._poked)
+                self._poked = False
+                if self._stopping:
+                    break
+            try:
+                alarm = self._turn(batch, flush=idle)
+            except Exception:
+                # A failing disk, or a fault of ours: what was decided and not stored is forgotten, and tried again.
+                _log.exception("the coordinator could not go on; it starts again from the log")
+                self.run.reload()
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(ServiceError(Reason.STORAGE, "not stored: try again in a moment"))
+                alarm = self.now() + int(_FAULT_SECONDS * 1000)
+        for _, future in batch:
+            future.set_exception(ServiceError(Reason.UNREACHABLE, "the aggregator is stopping: try again in a moment"))
+        self.run.store_facts()
+
+    def _turn(self, batch: list[tuple[f.Fact, Future[None]]], flush: bool) -> int | None:
+        done: list[tuple[Future[None], ServiceError | None]] = []
+        hard = flush
+        for fact, future in batch:
+            try:
+                hard |= self._apply(decide(self.run.state, self.run.rules, fact))
+                done.append((future, None))
+            except ServiceError as error:
+                done.append((future, error))
+        for _ in range(1000):  # every pass moves the state; the bound only guards against a fault of ours
+            more = self._advance()
+            if not more:
+                break
+            hard |= self._apply(more)
+        if hard:
+            self.run.store_facts()
+        for future, refusal in done:
+            if refusal is None:
+                future.set_result(None)
+            else:
+                future.set_exception(refusal)
+        again = self._publish()
+        times = [time for time in alarms(self.run.state, self.run.rules) if time > self.now()]
+        if again is not None:
+            times.append(again)
+        if self.run.unstored:
+            times.append(self.now() + _SOFT_MS)
+        return min(times, default=None)
+
+    def _apply(self, found: tuple[f.Fact, ...]) -> bool:
+        """Fold facts in; whether one of them must be on the disk before anybody hears of it."""
+        for fact in found:
+            self.run.take(fact)
+        return any(not isinstance(fact, f.SOFT) for fact in found)
+
+    def _advance(self) -> tuple[f.Fact, ...]:
+        """What follows now: from time and the pods' standing, or by our own hand (open, propose, conclude)."""
+        run, at = self.run, self.now()
+        able, lost = self.committee.standing(run.state)
+        found = decide(run.state, run.rules, Tick(at, able, lost))
+        if found:
+            return found
+        if run.state.phase in (Phase.IDLE, Phase.FINISHED) and run.study.digest != self._plan.study.digest:
+            run.store_facts()
+            self.run = self._next_run()
+            return ()
+        if run.state.phase is Phase.IDLE:
+            opened = run.open_round(
+                self._plan, self.committee.reports(), self.committee.live(), self.enrolment.reports(), at
+            )
+            return () if opened is None else decide(run.state, run.rules, opened)
+        if run.state.phase is Phase.TRAINING and at >= run.state.train_until:
+            proposed = run.propose(self.committee.live(), at)
+            return () if proposed is None else decide(run.state, run.rules, proposed)
+        if run.state.phase is Phase.VERIFIED and self._tallying is None and self._all_held(run.state):
+            self._tallying = self._pool.submit(self._conclude, run.state)
+        return ()
+
+    def _all_held(self, state: State) -> bool:
+        with self._condition:
+            if not state.chosen:
+                return True
+            wanted = {(pod, piece) for piece, pod in enumerate(state.chosen)}
+            return self._held_of == state.M and wanted <= self._held
+
+    def _conclude(self, state: State) -> None:
+        """In its own thread: a tally may take seconds, and the pods' answers must not wait for it."""
+        try:
+            with metrics.UNMASK_SECONDS.time():
+                fact = self.run.conclude(state, self.now())
+            self._tallying = None
+            self.tell(fact)
+        except ServiceError as error:
+            _log.error("the round could not be concluded yet: %s", error.detail)
+            threading.Event().wait(_FAULT_SECONDS)
+            self._tallying = None
+            self.poke()
+
+    def _publish(self) -> int | None:
+        run = self.run
+        with self._condition:
+            held = frozenset(self._held) if self._held_of == run.state.M else frozenset()
+            if self._snapshot.state is not run.state or self._snapshot.run is not run:
+                self._snapshot = Snapshot(run, run.state, self._plan)
+                for told in list(self._watchers.values()):
+                    told(self._snapshot)
+        self._show()
+        relay = run.state.phase in (Phase.IDLE, Phase.TRAINING)
+        asked = orders(run.state, run.rules, run.study.digest, run.total_bytes, held)
+        return self.committee.send(asked, run.rules.roster, self.now(), relay)
+
+    def _show(self) -> None:
+        run, state = self.run, self.run.state
+        metrics.show_phase(state.phase)
+        metrics.ROUND.set(state.round)
+        metrics.TARGET.set(self._plan.target)
+        metrics.MODEL_VERSION.set(state.version)
+        metrics.SUBMITTED.set(len(state.submissions))
+        metrics.COHORT_MINIMUM.set(run.rules.minimum)
+        metrics.PODS_QUORUM.set(run.rules.roster.committee.quorum)
+        metrics.PODS_LIVE.set(len(self.committee.live()))
+        metrics.ENROLLED.set(len(self.enrolment.reports()))

@@ -1,0 +1,110 @@
+"""What to ask which pod now: derived from the state alone, so a restart asks again what is still open.
+
+The key of an order says what it is about; the same key is the same question, whatever its command number.
+Key = (kind, M or the proposal's digest, ...).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.aggregator.round import Phase, Rules, State
+from services.common.rpc.signed import to_wire
+from services.common.secagg.ring import chunk_lengths
+from services.common.secagg.signing import digest
+from wardround.keyshare.v1.keyshare_pb2 import (
+    AbandonOrder,
+    CloseOrder,
+    DigestOrder,
+    EndorseOrder,
+    LockOrder,
+    OfferOrder,
+    ProposeOrder,
+    ReleaseOrder,
+    WatchResponse,
+)
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One question to one pod; `make` builds the message without its command number."""
+
+    key: Key
+    make: Callable[[], WatchResponse]
+
+
+Held = frozenset[tuple[str, int]]
+"""(pod, piece) whose sum lies on our disk in this life of the process."""
+
+
+def subject(state: State) -> str:
+    """What the present phase's orders are about, in hex: the proposal before there is a manifest, then M."""
+    if state.phase is Phase.PROPOSED and state.proposal is not None:
+        return digest("proposal", state.proposal.blob).hex()
+    return state.M.hex()
+
+
+def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Held) -> dict[str, list[Order]]:
+    """The open questions by pod id. `total_bytes` of one packed vector of the open round."""
+    about = subject(state)
+    everyone = tuple(pod.id for pod in rules.roster.pods)
+    found: dict[str, list[Order]] = {pod: [] for pod in everyone}
+    if state.close is not None:
+        close = WatchResponse(close=CloseOrder(close=to_wire(state.close)))
+        for pod in everyone:
+            found[pod].append(Order(("close", digest("close", state.close.blob).hex()), lambda: close))
+
+    def ask(pods: tuple[str, ...], done: object, kind: str, make: Callable[[], WatchResponse]) -> None:
+        for pod in pods:
+            if pod not in done:  # type: ignore[operator]  # every caller passes a container of pod ids
+                found[pod].append(Order((kind, about), make))
+
+    match state.phase:
+        case Phase.PROPOSED:
+            proposal = state.proposal
+            assert proposal is not None  # noqa: S101  # PROPOSED is entered with one
+            message = ProposeOrder(proposal=to_wire(proposal), abandons=state.abandoned)
+            ask(everyone, state.commitments, "commit", lambda: WatchResponse(propose=message))
+        case Phase.ENDORSING:
+            endorse = EndorseOrder(manifest=state.manifest)
+            ask(state.pods, state.endorsements, "endorse", lambda: WatchResponse(endorse=endorse))
+        case Phase.COLLECTING:
+            # Asked again of a pod that dials anew: its answer tells whether its keys are still there.
+            endorse = EndorseOrder(manifest=state.manifest)
+            ask(state.pods, (), "endorse", lambda: WatchResponse(endorse=endorse))
+        case Phase.OFFERING:
+            ask(state.pods, state.lists, "offer", lambda: WatchResponse(offer=OfferOrder(manifest=state.manifest)))
+        case Phase.LOCKING:
+            lock = LockOrder(manifest=state.manifest, cohort=state.cohort)
+            ask(state.pods, state.locks, "lock", lambda: WatchResponse(lock=lock))
+        case Phase.RELEASING | Phase.VERIFIED:
+            _release_orders(state, found, len(chunk_lengths(total_bytes)), held)
+        case Phase.ABANDONING:
+            abandon = AbandonOrder(
+                charter=state.charter, study=study, round=state.round, attempt=state.attempt, manifest=state.M
+            )
+            ask(everyone, state.abandons, "abandon", lambda: WatchResponse(abandon=abandon))
+    return found
+
+
+def _release_orders(state: State, found: dict[str, list[Order]], chunks: int, held: Held) -> None:
+    for pod in state.pods:
+        said = {piece for piece, of_piece in state.claims.items() if pod in of_piece}
+        asked = sorted((piece, whole) for (who, piece), whole in state.asked.items() if who == pod)
+        sums = [piece for piece, whole in asked if whole and (pod, piece) not in held]
+        if state.phase is Phase.VERIFIED:
+            sums = [piece for piece in sums if state.chosen and state.chosen[piece] == pod]
+        digests = [piece for piece, whole in asked if not whole and piece not in said]
+        if sums:
+            release = ReleaseOrder(
+                manifest=state.manifest, certificate=state.certificate, pieces=sums, first_chunk=0, chunks=chunks
+            )
+            key = ("release", state.M.hex(), ",".join(map(str, sums)))
+            found[pod].append(Order(key, lambda message=release: WatchResponse(release=message)))  # type: ignore[misc]  # bound now
+        if digests and state.phase is Phase.RELEASING:
+            order = DigestOrder(
+                manifest=state.manifest, certificate=state.certificate, pieces=digests, first_chunk=0, chunks=chunks
+            )
+            key = ("digest", state.M.hex(), ",".join(map(str, digests)))
+            found[pod].append(Order(key, lambda message=order: WatchResponse(digest=message)))  # type: ignore[misc]  # bound now
