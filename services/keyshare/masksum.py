@@ -1,6 +1,6 @@
-"""Streams of one piece, summed over a certified cohort: chunks out, their digest at the end; memory O(block)."""
+"""The streams of one piece, summed over a certified cohort, chunk by chunk; memory O(block)."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 
 from services.common.secagg.digests import chunk_digest, vector_digest
 from services.common.secagg.encoding import LaneTable
@@ -10,16 +10,23 @@ Chunk = tuple[int, int, bytes]
 """(piece, index of the chunk in the whole vector, packed lanes)."""
 
 
-def sum_piece(
-    piece: int, keys: Sequence[bytes], table: LaneTable, first: int, chunks: int
-) -> Generator[Chunk, None, bytes]:
-    """The summed streams of `keys`, one a hospital of U; returns the vector digest of the range `first`, `chunks`.
+def sum_chunks(keys: Sequence[bytes], table: LaneTable, first: int, chunks: int) -> Iterator[tuple[int, bytes]]:
+    """(index, packed lanes) of the sum of the streams of `keys`, one a hospital of U. MALFORMED outside the vector."""
+    return enumerate(sum_streams(keys, table.ring, table.total_bytes, first, chunks), first)
 
-    Raises MALFORMED for a range outside the vector.
-    """
-    size, digests = 0, []
-    for index, data in enumerate(sum_streams(keys, table.ring, table.total_bytes, first, chunks), first):
-        size += len(data)
-        digests.append(chunk_digest(data))
-        yield piece, index, data
-    return vector_digest(size, digests)
+
+class RangeDigest:
+    """The vector digest (protocol.md §10) of a range of chunks that arrive in order."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._digests: list[bytes] = []
+
+    def add(self, data: bytes) -> None:
+        """The next chunk."""
+        self._bytes += len(data)
+        self._digests.append(chunk_digest(data))
+
+    def result(self) -> bytes:
+        """The digest."""
+        return vector_digest(self._bytes, self._digests)

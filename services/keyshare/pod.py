@@ -25,7 +25,7 @@ from services.common.secagg.sealing import SealingKey, box_info, generate, open_
 from services.common.secagg.signing import Signer, digest, open_claimed, open_signed
 from services.keyshare import custody, facts
 from services.keyshare.facts import Entry, Ref, State
-from services.keyshare.masksum import Chunk, sum_piece
+from services.keyshare.masksum import Chunk, RangeDigest, sum_chunks
 from services.keyshare.store import CustodyStore
 
 T = TypeVar("T")
@@ -47,18 +47,42 @@ class Pod:
         self, id: str, identity: Signer, store: CustodyStore, rosters: Mapping[bytes, Roster], clock: Clock
     ) -> None:
         self.id, self.rosters = id, rosters
-        self._identity, self._store, self._clock = identity, store, clock
+        self._identity, self._store, self.clock = identity, store, clock
+        self.audit = store.audit
         self._lock = threading.RLock()
         self._secrets: dict[Ref, _Secrets] = {}
         self.state = State(id)
         for event in store.load():
             self.state = custody.evolve(self.state, event)
+        for roster in rosters.values():
+            if roster.pods[roster.pod_index(id)].key != identity.public:
+                raise ServiceError(Reason.INVALID_DOCUMENT, f"the charter has another identity key for {id}")
         self._append([facts.Booted(os.urandom(32))])
 
     @property
     def live(self) -> bool:
         """Whether P-11 was passed under a charter that is pinned now."""
         return not self.state.rolled_back and not self.state.live.isdisjoint(self.rosters)
+
+    def standing(self) -> tuple[Ref | None, str, str]:
+        """(newest attempt, its phase, a sentence) for people."""
+        state = self.state
+        newest = max(
+            (Ref(study, *record.committed) for study, record in state.records.items()),
+            default=None,
+            key=lambda ref: ref.point,
+        )
+        if state.rolled_back:
+            return (
+                newest,
+                "rolled back",
+                f"{state.rolled_back}: needs a new id and key by amendment, and an empty volume",
+            )
+        if not self.live:
+            return newest, "waiting", "waits for fresh high-water marks of other pods before it signs (P-11)"
+        if newest is None:
+            return None, "idle", "ready; nothing was proposed yet"
+        return newest, custody.phase_of(state, newest).value, f"holds the round keys of {len(state.held)} attempts"
 
     def propose(self, signed: Signed, abandons: Sequence[bytes]) -> Signed:
         """Propose → signed Commitment; the same bytes again for an equal proposal in this boot."""
@@ -72,7 +96,7 @@ class Pod:
             messages.Commitment(checked.digest, core.charter, *ref, self.id, suite, public, signer.public)
         )
         with self._lock:
-            if self._do(facts.Propose(checked, blob, tuple(abandons), self._clock.now_ms())):
+            if self._do(facts.Propose(checked, blob, tuple(abandons), self.clock.now_ms())):
                 self._secrets[ref] = _Secrets(secrets, signer)
             return self._identity.sign("commit", self.state.held[core.study].commitment)
 
@@ -141,16 +165,12 @@ class Pod:
         for piece in pieces:
             streams = self._keys(checked).streams
             keys = [streams[member.hospital][own.index(piece)] for member in cohort.members]
-            sums = sum_piece(piece, keys, checked.table, first, chunks)
-            while True:
-                try:
-                    chunk = next(sums)
-                except StopIteration as end:
-                    vector = end.value
-                    break
-                self._keys(checked)  # raises once they were dropped
-                yield chunk
-            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, chunks, vector, self.id)
+            vector = RangeDigest()
+            for index, data in sum_chunks(keys, checked.table, first, chunks):
+                self._keys(checked)  # raises once they were dropped (P-22)
+                vector.add(data)
+                yield piece, index, data
+            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, chunks, vector.result(), self.id)
             yield self._sign(checked, "release", answer)
 
     def abandon(self, charter: bytes, ref: Ref, manifest: bytes) -> Signed:
@@ -201,7 +221,7 @@ class Pod:
     def expire(self) -> None:
         """Drop the keys whose time is over, though nobody asks for anything."""
         with self._lock:
-            self._append(custody.decide(self.state, facts.Expire(self._clock.now_ms())))
+            self._append(custody.decide(self.state, facts.Expire(self.clock.now_ms())))
 
     def _do(self, command: facts.Command) -> list[facts.Event]:
         with self._lock:

@@ -1,0 +1,123 @@
+"""A key-share pod: `python -m services.keyshare --config FILE.yaml`. Exit code 2 and one line: it must not start so."""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from services.common.clock import SystemClock
+from services.common.documents.charter import LoadedCharter
+from services.common.documents.strict import refuse
+from services.common.errors import ServiceError
+from services.common.observe import logs, process
+from services.common.observe.harden import harden
+from services.common.observe.http import Health, serve_http
+from services.common.rpc.certificates import server_name
+from services.common.rpc.channel import Caller, dial
+from services.common.rpc.leaf import LeafFiles
+from services.common.rpc.unix import serve_admin
+from services.common.secagg.roster import Roster
+from services.common.secagg.signing import Signer
+from services.keyshare.admin import Administration
+from services.keyshare.client import Client
+from services.keyshare.config import PinnedCharters, PodConfig, load_config, read
+from services.keyshare.pod import Pod
+from services.keyshare.store import CustodyStore
+from wardround.admin.v1.admin_pb2_grpc import add_AdministrationServiceServicer_to_server
+
+_log = logging.getLogger(__name__)
+_TICK_SECONDS = 1.0
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="wardround key-share pod")
+    parser.add_argument("--config", type=Path, required=True)
+    arguments = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        run(load_config(arguments.config), stop)
+    except ServiceError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: PodConfig, stop: threading.Event) -> None:
+    """Serve until `stop` is set. Raises ServiceError where the pod must not start."""
+    logs.configure("pod", config.id, config.log_level)
+    process.announce("pod", config.id, Path(config.tls.certificate))
+    pinned, state = PinnedCharters(config), Path(config.state)
+    charters = pinned.read()
+    demo = all(charter.document.demo for charter in charters)
+    if not harden(demo):
+        _log.warning("memory is not locked; this machine has no swap, or the charter is a demo")
+    store = CustodyStore(state, demo)
+    try:
+        pod = Pod(config.id, _identity(config), store, _rosters(charters), SystemClock())
+        aggregator = charters[0].document.aggregator
+        name, root = server_name(aggregator.id, charters[0].document.consortium), aggregator.tls_root.encode()
+        leaf = LeafFiles(Path(config.tls.certificate), Path(config.tls.key))
+        caller = Caller(lambda pair: dial(config.aggregator, name, pair, root, config.proxy), leaf)
+        client, administration = Client(pod, caller, stop), Administration(pod)
+        health = Health(["store", "certificate"])
+        health.set("store", True, f"{len(pod.state.records)} studies; demo charter: {demo}")
+        servicers = [(add_AdministrationServiceServicer_to_server, administration)]
+        admin = serve_admin(servicers, Path(config.admin_socket), max_workers=4)
+        http = serve_http(config.http, health, state / "http.address")
+        worker = threading.Thread(target=client.run, name="client")
+        worker.start()
+        health.start()
+        while not stop.wait(_TICK_SECONDS) and worker.is_alive():
+            _tick(pod, pinned, client, health, config)
+            administration.show()
+        if not stop.is_set():
+            raise RuntimeError("the connection loop has ended by itself")
+        _log.info("stopping")
+        caller.close()
+        worker.join()
+        admin.stop(1)
+        http.stop()
+    finally:
+        store.close()
+
+
+def _tick(pod: Pod, pinned: PinnedCharters, client: Client, health: Health, config: PodConfig) -> None:
+    """Keys expire, charters and the leaf are read again."""
+    pod.expire()
+    begin, end = process.certificate_validity(Path(config.tls.certificate))
+    health.set("certificate", begin <= pod.clock.now_ms() / 1000 <= end, "the TLS leaf's validity")
+    try:
+        rosters = _rosters(pinned.read())
+        health.note("charters", None)
+    except ServiceError as error:
+        health.note("charters", f"the old ones stay: {error.detail}")
+        return
+    if rosters.keys() != pod.rosters.keys():
+        pod.rosters = rosters
+        client.redial()
+
+
+def _rosters(charters: tuple[LoadedCharter, ...]) -> dict[bytes, Roster]:
+    return {charter.digest: charter.roster for charter in charters}
+
+
+def _identity(config: PodConfig) -> Signer:
+    try:
+        key = load_pem_private_key(read(Path(config.identity_key)), None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise refuse(config.identity_key, "is not an unencrypted PKCS8 PEM of an Ed25519 key: `wardround site init`")
+    return Signer(key)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

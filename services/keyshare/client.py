@@ -1,0 +1,182 @@
+"""The pod's one connection: takes orders on Watch and answers each with its own call.
+
+Orders are worked off one at a time in the order in which they came. An answer that does not arrive is not repeated
+here for longer than its deadline: the aggregator asks again, and every order is idempotent.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from services.common.errors import Reason, ServiceError
+from services.common.rpc.channel import Caller, Stream
+from services.common.rpc.signed import from_wire, to_wire
+from services.common.secagg.messages import Signed
+from services.common.secagg.signing import digest
+from services.keyshare import metrics
+from services.keyshare.facts import Ref
+from services.keyshare.masksum import Chunk
+from services.keyshare.pod import Pod
+from wardround.keyshare.v1 import keyshare_pb2 as wire
+from wardround.keyshare.v1.keyshare_pb2_grpc import KeyShareServiceStub
+
+_log = logging.getLogger(__name__)
+_ANSWER_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
+_ALARMS = (Reason.CONFLICT, Reason.ROLLED_BACK)
+
+
+_RPCS: dict[str, tuple[str, Any]] = {  # order → the answer's RPC and request
+    "propose": ("Commit", wire.CommitRequest),
+    "endorse": ("Endorse", wire.EndorseRequest),
+    "offer": ("Accept", wire.AcceptRequest),
+    "lock": ("Lock", wire.LockRequest),
+    "release": ("Release", wire.ReleaseRequest),
+    "digest": ("Digest", wire.DigestRequest),
+    "abandon": ("Abandon", wire.AbandonRequest),
+    "close": ("Close", wire.CloseRequest),
+    "high_water": ("HighWater", wire.HighWaterRequest),
+}
+
+
+class Client:
+    """Runs until `stop` is set and `caller` closed."""
+
+    def __init__(self, pod: Pod, caller: Caller, stop: threading.Event) -> None:
+        self._pod, self._caller, self._stop = pod, caller, stop
+        self._orders: Stream[wire.WatchResponse] | None = None
+
+    def run(self) -> None:
+        """Dial, take orders, dial again."""
+        wait = 0.2
+        while not self._stop.is_set():
+            try:
+                served = self._watch()
+            except ServiceError as error:
+                served = False
+                _log.info("no connection to the aggregator: %s", error.detail)
+            wait = 0.2 if served else min(2 * wait, 10.0)
+            self._stop.wait(wait)
+
+    def redial(self) -> None:
+        """End this Watch; `run` begins another, which tells the aggregator of the charters that are pinned now."""
+        if self._orders is not None:
+            self._orders.cancel()
+
+    def _watch(self) -> bool:
+        """One stream of orders; whether there was any."""
+        served = False
+        hello = wire.WatchRequest(boot=self._pod.state.boot, charters=list(self._pod.rosters), live=self._pod.live)
+        with self._caller.stream(lambda c: KeyShareServiceStub(c).Watch, hello, seconds=_STREAM_SECONDS) as orders:
+            self._orders = orders
+            metrics.CONNECTED.set(1)
+            try:
+                for order in orders:
+                    self._serve(order)
+                    served = True
+            except ServiceError as error:
+                _log.info("the aggregator's orders ended: %s", error.detail)
+            finally:
+                self._orders = None
+                metrics.CONNECTED.set(0)
+        return served
+
+    def _serve(self, order: wire.WatchResponse) -> None:
+        name = order.WhichOneof("order")
+        if name is None:
+            _log.warning("an order of a newer version is left unanswered: upgrade this pod")
+            return
+        rpc, request = _RPCS[name]
+        try:
+            if name == "release":
+                messages = self._released(order.command, order.release)
+                self._caller.upload(lambda c: KeyShareServiceStub(c).Release, messages, seconds=_STREAM_SECONDS)
+            else:
+                fields = self._fields(name, getattr(order, name))
+                answer = request(command=order.command, **fields)
+                self._caller.unary(lambda c: getattr(KeyShareServiceStub(c), rpc), answer, seconds=_ANSWER_SECONDS)
+        except ServiceError as error:
+            _log.warning("the answer to %s did not arrive: %s", name, error.detail)
+        metrics.LIVE.set(self._pod.live)
+        metrics.HELD.set(len(self._pod.state.held))
+
+    def _fields(self, name: str, order: Any) -> dict[str, Any]:
+        try:
+            fields = self._work(name, order)
+        except Exception as error:
+            return {"refusal": _refusal(name, error)}
+        metrics.ANSWERS.labels(name, "done").inc()
+        return fields
+
+    def _work(self, name: str, order: Any) -> dict[str, Any]:
+        pod = self._pod
+        match name:
+            case "propose":
+                return {"commitment": to_wire(pod.propose(from_wire(order.proposal), order.abandons))}
+            case "endorse":
+                return {"endorsement": to_wire(pod.endorse(order.manifest))}
+            case "offer":
+                return self._offer(order.manifest)
+            case "lock":
+                return {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
+            case "digest":
+                return {"piece_sums": [to_wire(item) for item in self._sums(order) if isinstance(item, Signed)]}
+            case "abandon":
+                ref = Ref(order.study, order.round, order.attempt)
+                return {"abandon": to_wire(pod.abandon(order.charter, ref, order.manifest))}
+            case "close":
+                pod.close(from_wire(order.close))
+                return {"closed": True}
+        match order.WhichOneof("form"):
+            case "mark":
+                return {"mark": to_wire(pod.mark(order.mark.nonce, order.mark.asking))}
+            case "deliver":
+                pod.deliver([from_wire(mark) for mark in order.deliver.marks])
+                return {"live": True}
+            case _:
+                return {"nonce": pod.state.boot}
+
+    def _sums(self, order: Any) -> Iterator[Chunk | Signed]:
+        return self._pod.release(order.manifest, order.certificate, order.pieces, order.first_chunk, order.chunks)
+
+    def _released(self, command: int, order: wire.ReleaseOrder) -> Iterator[wire.ReleaseRequest]:
+        try:
+            for item in self._sums(order):
+                if isinstance(item, Signed):
+                    yield wire.ReleaseRequest(command=command, piece_sum=to_wire(item))
+                else:
+                    piece, index, data = item
+                    chunk = wire.ReleaseChunk(piece=piece, index=index, data=data)
+                    yield wire.ReleaseRequest(command=command, chunk=chunk)
+            metrics.ANSWERS.labels("release", "done").inc()
+        except Exception as error:
+            yield wire.ReleaseRequest(command=command, refusal=_refusal("release", error))
+
+    def _offer(self, manifest: bytes) -> dict[str, Any]:
+        request = wire.FetchOfferRequest(manifest=digest("manifest", manifest))
+
+        def offered() -> Iterator[tuple[Signed, bytes]]:
+            with self._caller.stream(
+                lambda c: KeyShareServiceStub(c).FetchOffer, request, seconds=_STREAM_SECONDS
+            ) as items:
+                for item in items:
+                    yield from_wire(item.header), item.box
+
+        accept_list, refused = self._pod.offer(manifest, offered)
+        for hospital, error in refused:
+            metrics.REFUSED.labels(error.reason.value).inc()
+            _log.warning("%s is left out: %s", hospital, error.detail)
+        left_out = [wire.RefusedHospital(hospital=h, reason=e.reason.value, detail=e.detail) for h, e in refused]
+        return {"accept_list": to_wire(accept_list), "refused": left_out}
+
+
+def _refusal(order: str, error: Exception) -> wire.Refusal:
+    """What the aggregator is told; of a fault of ours only that there was one."""
+    if not isinstance(error, ServiceError):
+        _log.error("%s failed", order, exc_info=error)
+        error = ServiceError(Reason.INTERNAL, "internal error")
+    metrics.ANSWERS.labels(order, error.reason.value).inc()
+    if error.reason in _ALARMS:
+        metrics.ALARMS.labels(error.reason.value).inc()
+    _log.warning("%s refused: %s", order, error)
+    return wire.Refusal(reason=error.reason.value, detail=error.detail)
