@@ -143,12 +143,6 @@ def load_charter(blob: bytes, name: str = "charter.yaml") -> LoadedCharter:
             raise refuse(name, f"{roots[root]} and {member.id} have the same TLS root: each site makes its own")
         roots[root] = member.id
     cohort = document.cohort
-    if cohort.colluding_hospitals == 0 and cohort.two_hospitals != "accepted":
-        raise refuse(
-            name,
-            "cohort.colluding_hospitals is 0, so each of two hospitals can read the other's vector together with the "
-            "aggregator (P-12): set it to 1 or more, or say so with `two_hospitals: accepted`",
-        )
     if cohort.colluding_hospitals > 0 and cohort.two_hospitals is not None:
         raise refuse(name, "cohort.two_hospitals is said, but colluding_hospitals is not 0: remove one of them")
     roster = _roster(document, digest)
@@ -249,6 +243,7 @@ def _roster(document: Charter, digest: bytes) -> Roster:
         minimum_cohort=cohort.minimum,
         maximum_cohort=cohort.maximum,
         colluding_hospitals=cohort.colluding_hospitals,
+        two_hospitals_accepted=cohort.two_hospitals == "accepted",
         limits=Limits(
             max_round=limits.rounds,
             max_parameters=limits.parameters,

@@ -6,6 +6,7 @@ to run is the plan's.
 
 import datetime
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -170,6 +171,6 @@ def load_study(blob: bytes, name: str = "study.yaml") -> LoadedStudy:
     if shares and (len(shares) != len(classes) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-3):
         raise refuse(name, "training.class_frequencies needs one share above 0 for each class, 1 in all: correct them")
     gates = study.evaluation.gate_rounds
-    if any(a >= b for a, b in zip(gates, gates[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(gates)):
         raise refuse(name, "evaluation.gate_rounds must ascend, each round once: sort them")
     return LoadedStudy(study, hashlib.sha256(blob).digest(), blob)
