@@ -109,7 +109,7 @@ class Consortium:
         plain = Proposal(encode(core or self.core()), attempt, NOW + 60_000, NOW + 3_600_000)
         return self.aggregator.sign("proposal", encode(replace(plain, **changes)))
 
-    def commitment(self, proposal: Signed, pod: int, core: Core, attempt: int = 1, **changes: object) -> Signed:
+    def commitment(self, proposal: Signed, pod: int, core: Core, /, attempt: int = 1, **changes: object) -> Signed:
         """Pod `pod`'s signed commitment to `proposal`; `changes` replace fields."""
         keys = self.pods[pod]
         plain = Commitment(
