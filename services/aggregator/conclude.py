@@ -97,7 +97,7 @@ def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> 
     if check.fault:
         return _rejected(state, check.fault, check.digest.result(), sum_file)
     path = store.blobs.path(sum_file)
-    figures, sums, verdict = _judge(state, table, study, path, names)
+    figures, sums, verdict = _judge(state, table, study, path)
     figure = figures.get(document.gate.metric)
     shown = repr(figure) if figure is not None and "gate" in names else ""
     total = check.digest.result()
@@ -117,28 +117,39 @@ def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> 
     return Outcome(True, "", figures, sums, total, sum_file, model, version, shown, "accepted")
 
 
-def _judge(
-    state: State, table: LaneTable, study: LoadedStudy, path: Path, names: set[str]
-) -> tuple[dict[str, float], dict[str, list[float]], gate.Verdict]:
-    classes, document = len(study.document.model.classes), study.document
+def released_figures(
+    table: LaneTable, study: LoadedStudy, path: Path
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(figures by name, summed counts by lane class) that the sum in `path` releases; `wardround verify` does it again."""
+    classes = len(study.document.model.classes)
+    names = {lane.name for lane in table.lanes}
     sums = {
         name: dequantise(class_sums(table, name, path), table.lane_class(name).fraction_bits)
         for name in sorted(names & {"gate", "confusion", "histogram"})
     }
     figures: dict[str, float] = {}
-    verdict = gate.Verdict(True)
     if "gate" in sums:
         figures = gate.gate_figures(sums["gate"][:classes].tolist(), sums["gate"][classes:].tolist())
+    if "confusion" in sums:
+        histogram = sums["histogram"].reshape(classes, 2, -1)
+        figures = gate.final_figures(sums["confusion"].reshape(classes, classes), histogram)
+    return figures, {name: values.tolist() for name, values in sums.items()}
+
+
+def _judge(
+    state: State, table: LaneTable, study: LoadedStudy, path: Path
+) -> tuple[dict[str, float], dict[str, list[float]], gate.Verdict]:
+    document = study.document
+    figures, sums = released_figures(table, study, path)
+    verdict = gate.Verdict(True)
+    if "gate" in sums:
         metric = document.gate.metric
         passed = state.gated.figure if state.gated is not None else None
         verdict = gate.judge(figures.get(metric), passed, document.gate.largest_drop, metric)
         metrics.GATE.labels("kept" if verdict.keep else "rolled_back").inc()
-    if "confusion" in sums:
-        histogram = sums["histogram"].reshape(classes, 2, -1)
-        figures = gate.final_figures(sums["confusion"].reshape(classes, classes), histogram)
     for name, value in figures.items():
         metrics.QUALITY.labels(name).set(value)
-    return figures, {name: values.tolist() for name, values in sums.items()}, verdict
+    return figures, sums, verdict
 
 
 def _step(state: State, table: LaneTable, study: LoadedStudy, store: Store, path: Path) -> bytes:
