@@ -165,7 +165,7 @@ def test_a_new_members_root_is_taken_without_a_restart(site: Site) -> None:
     assert site.study(leaf) == b"s"
 
 
-def test_stopping_ends_feeds_at_once_and_lets_other_calls_finish(site: Site) -> None:
+def test_stopping_ends_feeds_at_once(site: Site) -> None:
     with site.caller(site.consortium.leaf(*NORTH)) as caller, watch(caller) as stream:
         answers = iter(stream)
         assert next(answers).round == 1
@@ -176,6 +176,22 @@ def test_stopping_ends_feeds_at_once_and_lets_other_calls_finish(site: Site) -> 
         assert caught.value.reason is Reason.UNREACHABLE
         assert site.rounds.ended.wait(5)
         assert time.monotonic() - started < 10
+
+
+def test_stopping_lets_a_call_in_progress_finish(site: Site) -> None:
+    site.rounds.hold = threading.Event()
+    answers: list[bytes] = []
+    with site.caller(site.consortium.leaf(*NORTH)) as caller:
+        asking = threading.Thread(target=lambda: answers.append(ask(caller, b"late", seconds=30)))
+        asking.start()
+        assert eventually(lambda: len(site.rounds.callers) == 1)
+        stopping = threading.Thread(target=site.stop, args=(30,))
+        stopping.start()
+        assert eventually(lambda: site.refusal(site.consortium.leaf(*NORTH), seconds=0.1).reason is Reason.UNREACHABLE)
+        site.rounds.hold.set()
+        asking.join(10)
+        stopping.join(10)
+    assert answers == [b"late"]
 
 
 def test_a_watcher_that_hangs_up_frees_its_thread(site: Site) -> None:

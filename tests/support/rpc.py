@@ -32,9 +32,12 @@ class FakeRounds(round_pb2_grpc.RoundCoordinationServiceServicer):
         self.watchers: list[Feed[round_pb2.WatchRoundsResponse]] = []
         self.ended = threading.Event()
         self.answer_bytes = 0
+        self.hold: threading.Event | None = None
 
     def GetStudy(self, request: round_pb2.GetStudyRequest, context: grpc.ServicerContext) -> round_pb2.GetStudyResponse:
         self.callers.append(peer(context))
+        if self.hold is not None:
+            self.hold.wait(30)
         if self.fault is not None and self.faults > 0:
             self.faults -= 1
             raise self.fault

@@ -24,13 +24,11 @@ def serve_admin(servicers: Sequence[Servicer], path: Path, max_workers: int) -> 
             Reason.INVALID_DOCUMENT, f"admin_socket {path} has more than {_LONGEST} bytes: choose a shorter path"
         )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    before = os.umask(0o177)  # the file must never be open to others, not even between bind and chmod
+    before = os.umask(0o177)  # the file must never be open to others, not even for the moment until a chmod
     try:
-        running = serve_local(servicers, str(path), as_local_operator, max_workers)
+        return serve_local(servicers, str(path), as_local_operator, max_workers)
     finally:
         os.umask(before)
-    path.chmod(0o600)
-    return running
 
 
 def dial_admin(path: Path) -> grpc.Channel:
