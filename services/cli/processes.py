@@ -84,10 +84,12 @@ def wait_for_file(path: Path, service: Service, seconds: float) -> str:
             return text
         if not service.running:
             raise ServiceError(
-                Reason.UNREACHABLE, f"{service.name} ended at its start; its log {service.log} says:\n{service.last_words()}"
+                Reason.UNREACHABLE,
+                f"{service.name} ended at its start; its log {service.log} says:\n{service.last_words()}",
             )
         time.sleep(0.02)
     raise ServiceError(
         Reason.UNREACHABLE,
-        f"{service.name} did not write {path} within {seconds:.0f} s; see its log {service.log}:\n{service.last_words()}",
+        f"{service.name} did not write {path} within {seconds:.0f} s; its log {service.log} says:\n"
+        + service.last_words(),
     )

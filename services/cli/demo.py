@@ -1,0 +1,320 @@
+"""`wardround demo`: a whole federation of real processes over mTLS on this machine, several secure rounds.
+
+Lays out the sites (federation.py), starts them, shows what happens, collects the evidence, writes model and passport.
+"""
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from services.cli import demo_study, federation, passport, synthetic
+from services.cli.evidence import administration, collect, status
+from services.cli.federation import Federation, Site
+from services.cli.live import SiteView, Snapshot, View
+from services.cli.processes import Service, stop_all, wait_for_file
+from services.cli.run import load_run, write_sums
+from services.common.documents.study import ModelSection
+from services.common.errors import Reason, ServiceError
+from services.common.ids import Role, check_id
+from wardround.admin.v1 import admin_pb2
+
+_NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
+_MARKER = "demo.json"
+
+
+@dataclass
+class Running:
+    """The processes of a federation and where the aggregator listens."""
+
+    federation: Federation
+    address: str
+    services: dict[str, Service]
+
+    def check(self, expected_dead: set[str]) -> None:
+        """Raise UNREACHABLE with the last words of a process that ended by itself."""
+        for name, service in self.services.items():
+            if not service.running and name not in expected_dead:
+                raise ServiceError(
+                    Reason.UNREACHABLE, f"{name} ended by itself; its log {service.log} says:\n{service.last_words()}"
+                )
+
+
+def demo(  # what a person may choose; each has a default that works
+    output: Annotated[
+        Path, typer.Option(help="folder for everything this run makes; an older run there is replaced")
+    ] = Path("build/demo"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="folder with one folder per site (metadata.csv and images); else synthetic images"),
+    ] = None,
+    hospitals: Annotated[int, typer.Option(min=2, max=10, help="how many, with synthetic images")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="training rounds; one evaluation follows")] = 4,
+    committee: Annotated[str, typer.Option(help="pods and threshold: 4,2 or 5,3 or 3,3 or 7,3")] = "4,2",
+    mechanism: Annotated[str, typer.Option(help="local (differential privacy at each hospital) or none")] = "local",
+    epsilon: Annotated[float, typer.Option(min=0.01, help="ε of the whole study, evaluations included")] = 8.0,
+    model: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
+    image_size: Annotated[int | None, typer.Option(help="pixels of a side; default: tuned for the model")] = None,
+    backbone: Annotated[Path | None, typer.Option(help="weights file of EfficientNet-Lite0, for linear-head")] = None,
+    kill_one: Annotated[
+        bool, typer.Option("--kill-one", help="kill a hospital and a pod in round 2 on purpose")
+    ] = False,
+    minutes: Annotated[float, typer.Option(help="give up after so long")] = 240,
+) -> None:
+    """Run a whole federation on this machine: real processes, mTLS, masks, noise, ledgers.
+
+    Example: wardround demo --rounds 3 --kill-one
+    """
+    console = Console()
+    started = time.monotonic()
+    pods, threshold = _pair(committee)
+    _claim_folder(output)
+    folders = _data(output, data, hospitals)
+    laid = lay_out(
+        output,
+        folders,
+        pods,
+        threshold,
+        model,
+        mechanism,
+        rounds,
+        epsilon,
+        image_size,
+        backbone,
+        synthetic_data=data is None,
+    )
+    what = "synthetic images (drawn, not photographed)" if data is None else f"real images from {data}"
+    title = f"Wardround demo · {len(folders)} hospitals, {pods} key-share pods · {what}"
+    running = start(laid)
+    try:
+        with View(console, title) as view:
+            _watch(running, view, rounds + 1, kill_one, started + 60 * minutes)
+        gather(running)
+    finally:
+        stop_all(list(running.services.values()))
+    run = load_run(output)
+    content = passport.write_passport(run, output)
+    _summary(console, content, output, time.monotonic() - started)
+
+
+def lay_out(
+    output: Path,
+    folders: dict[str, Path],
+    pods: int,
+    threshold: int,
+    model: str,
+    mechanism: str,
+    rounds: int,
+    epsilon: float,
+    image_size: int | None,
+    backbone: Path | None,
+    *,
+    synthetic_data: bool,
+) -> Federation:
+    """All files of a federation: sites, charter, v0, study, policies, configs. Raises INVALID_DOCUMENT and the like."""
+    from services.hospital_node.models import build, initial_vector, layout, size, write_model_file
+
+    if model not in demo_study.REAL:
+        raise ServiceError(Reason.INVALID_DOCUMENT, f"model {model!r} is unknown: choose {', '.join(demo_study.REAL)}")
+    settings = demo_study.SYNTHETIC if synthetic_data and model == "small-cnn" else demo_study.REAL[model]
+    section: dict[str, Any] = {
+        "architecture": model,
+        "image_size": image_size or settings.image_size,
+        "classes": list(synthetic.CLASSES) if synthetic_data else _classes(folders),
+        "parameters": 1,
+        "initial": "00" * 32,
+    }
+    if backbone is not None:
+        (output / "backbones").mkdir(parents=True, exist_ok=True)
+        target = output / "backbones" / backbone.name
+        shutil.copyfile(backbone, target)
+        section["backbone"] = {
+            "name": "efficientnet-lite0", "sha256": hashlib.sha256(target.read_bytes()).hexdigest()
+        }  # fmt: skip
+    draft = ModelSection.model_validate(section)
+    shapes = layout(build(draft))
+    section["parameters"] = size(shapes)
+    section["initial"] = write_model_file(output / "v0.safetensors", shapes, initial_vector(draft, seed=1)).hex()
+    sites = federation.make_sites(output, list(folders), pods)
+    most = len(folders)
+    cohort: dict[str, Any] = {"minimum": max(2, min(3, most)), "maximum": most, "colluding_hospitals": min(1, most - 2)}
+    if cohort["colluding_hospitals"] == 0:
+        cohort["two_hospitals"] = "accepted"
+    charter = federation.write_charter(output, sites, federation.committee_of(pods, threshold), cohort)
+    counts = [_patients(folder) for folder in folders.values()]
+    study = demo_study.draft(
+        name="demo-lesions",
+        synthetic=synthetic_data,
+        model=section,
+        settings=settings,
+        mechanism=mechanism,
+        rounds=rounds,
+        epsilon=epsilon,
+        delta=1e-5,
+        patients=max(10, int(0.07 * sorted(counts)[len(counts) // 2]) * 10),
+        cohort={"minimum": cohort["minimum"], "colluding_hospitals": cohort["colluding_hospitals"]},
+    )
+    blob = federation.to_yaml(study)
+    (output / "study.yaml").write_bytes(blob)
+    laid = Federation(output, sites, charter, blob)
+    federation.write_policies(laid, study, epsilon)
+    federation.write_configs(laid, folders, through_round=rounds + 1, threads=1)
+    return laid
+
+
+def start(laid: Federation) -> Running:
+    """Start the aggregator, learn where it listens, then start everybody else."""
+    services = {site.id: federation.service(laid, site) for site in laid.sites}
+    centre = services[laid.aggregator.id]
+    centre.start()
+    try:
+        address = wait_for_file(laid.aggregator.state / "listen.address", centre, 60)
+        federation.set_aggregator_address(laid, address)
+        for service in services.values():
+            if service is not centre:
+                service.start()
+    except BaseException:
+        stop_all(list(services.values()))
+        raise
+    return Running(laid, address, services)
+
+
+def gather(running: Running) -> None:
+    """Collect every site's evidence under RUN/evidence, and list its digests."""
+    laid = running.federation
+    evidence = laid.root / "evidence"
+    for site in laid.sites:
+        if running.services[site.id].running:
+            with administration(laid, site, running.address) as stub:
+                collect(stub, _place(evidence, site))
+    write_sums(evidence)
+
+
+def _place(evidence: Path, site: Site) -> Path:
+    if site.role == Role.AGGREGATOR:
+        return evidence / "aggregator"
+    return evidence / ("pods" if site.role == Role.POD else "hospitals") / site.id
+
+
+def _watch(running: Running, view: View, rounds: int, kill_one: bool, until: float) -> None:
+    """Show the federation until its study is finished; kill and restart two processes where asked."""
+    laid, dead = running.federation, set[str]()
+    victims = [laid.of(Role.HOSPITAL)[-1].id, laid.of(Role.POD)[-1].id]
+    killed = False
+    with administration(laid, laid.aggregator, running.address) as centre:
+        while time.monotonic() < until:
+            running.check(dead)
+            now = status(centre)
+            if now is not None:
+                view.show(_snapshot(running, now, rounds, dead))
+                if now.finished:
+                    return
+                if kill_one and not killed and now.round == 2 and now.hospitals_submitted >= 1:
+                    killed, dead = True, set(victims)
+                    for name in victims:
+                        running.services[name].kill()
+                    view.say(f"killed {' and '.join(victims)} (kill -9) in the middle of round 2")
+                elif dead and now.round > 2:
+                    for name in victims:
+                        running.services[name].start()
+                    view.say(f"round 2 ended without them; restarted {' and '.join(victims)}")
+                    dead = set()
+            time.sleep(0.25)  # the screen's rhythm; nothing else waits for it
+    raise ServiceError(
+        Reason.UNREACHABLE,
+        f"the study did not end in time; the logs in {laid.root / 'logs'} say why, --minutes gives more",
+    )
+
+
+def _snapshot(running: Running, now: admin_pb2.Status, rounds: int, dead: set[str]) -> Snapshot:
+    views = []
+    for site in running.federation.sites:
+        if site.role == Role.AGGREGATOR:
+            continue
+        found = None
+        if site.id not in dead and site.socket.exists():
+            with administration(running.federation, site, "") as stub:
+                found = status(stub)
+        phase = "killed" if site.id in dead else found.phase if found is not None else "starting"
+        figures = dict(found.figures) if found is not None else {}
+        views.append(
+            SiteView(site.id, site.role.value, phase, figures.get("epsilon_spent"), figures.get("epsilon_left"))
+        )
+    quality = {k: v for k, v in now.figures.items() if k in ("balanced_accuracy", "accuracy", "macro_auc")}
+    return Snapshot(
+        now.phase, now.round, rounds, now.attempt, now.model_version, now.hospitals_submitted, tuple(views), quality
+    )
+
+
+def _summary(console: Console, content: dict[str, Any], output: Path, seconds: float) -> None:
+    table = Table(title=f"{content['study']['name']}: {len(content['rounds'])} rounds in {seconds:.0f} s")
+    for column in ("round", "verdict", "cohort", "model", "released figures of the model it started from"):
+        table.add_column(column)
+    for one in content["rounds"]:
+        figures = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in one["released_of_the_start_model"].items())
+        table.add_row(str(one["round"]), one["verdict"], str(one["cohort"]), f"v{one['model_version']}", figures)
+    console.print(table)
+    for site, splits in content["privacy"]["epsilon_by_site_and_split"].items():
+        spent = ", ".join(f"{split} {value:.2f}" for split, value in splits.items()) or "no differential privacy"
+        console.print(f"ε spent at {site} (each patient is in one split only): {spent}", highlight=False)
+    if content["study"]["synthetic_data"]:
+        console.print("The images were synthetic: drawn, not photographed.")
+    console.print(f"Model, passport and learning curve: {output}\nCheck it: wardround verify {output}", highlight=False)
+
+
+def _pair(committee: str) -> tuple[int, int]:
+    parts = committee.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ServiceError(Reason.INVALID_DOCUMENT, f"--committee {committee!r}: give pods and threshold, such as 5,3")
+    return int(parts[0]), int(parts[1])
+
+
+def _claim_folder(output: Path) -> None:
+    """An empty folder, or one that an older demo made; anything else is not ours to delete."""
+    if output.exists() and any(output.iterdir()):
+        if not (output / _MARKER).exists():
+            raise ServiceError(
+                Reason.CONFLICT, f"{output} holds something that is not a demo run: give another --output, or empty it"
+            )
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _MARKER).write_text(json.dumps({"made_by": "wardround demo"}) + "\n")
+
+
+def _data(output: Path, data: Path | None, hospitals: int) -> dict[str, Path]:
+    """Data folders by hospital id; `_` in a folder's name becomes `-` in the id."""
+    if data is None:
+        names = _NAMES[:hospitals]
+        synthetic.write_sites(output / "data", names)
+        return {name: output / "data" / name for name in names}
+    if not data.is_dir():
+        raise ServiceError(Reason.NOT_FOUND, f"{data} is not a folder: give one that holds a folder for each site")
+    found = {path.name: path.resolve() for path in sorted(data.iterdir()) if (path / "metadata.csv").exists()}
+    if len(found) < 2:
+        raise ServiceError(
+            Reason.INVALID_DATA, f"{data} has {len(found)} folders with a metadata.csv, at least 2 are needed"
+        )
+    return {check_id(name.lower().replace("_", "-"), "site folder"): path for name, path in found.items()}
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metadata.csv").open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def _classes(folders: dict[str, Path]) -> list[str]:
+    labels = {row.get("dx") or row.get("label") or "" for folder in folders.values() for row in _rows(folder)}
+    return sorted(labels - {""})
+
+
+def _patients(folder: Path) -> int:
+    rows = _rows(folder)
+    return len({row.get("patient_id") or row.get("lesion_id") or row.get("image_id") for row in rows})

@@ -1,0 +1,183 @@
+"""The model passport (markdown and JSON) and the picture of the learning curve, from a run's evidence."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from services.cli.run import Run
+from services.common.errors import Reason, ServiceError
+from services.common.secagg.messages import OUTCOME_ACCEPTED
+from services.hospital_node.ledger import parse_export
+
+
+def passport(run: Run) -> dict[str, Any]:
+    """Everything a reader of the model should know, as plain values."""
+    study, charter = run.study.document, run.charter.document
+    last = run.rounds[-1]
+    rounds = [
+        {
+            "round": one.number,
+            "verdict": one.released["verdict"],
+            "reason": one.released["reason"],
+            "cohort": one.released["cohort"],
+            "certificate_sha256": one.result.certificate.hex(),
+            "model_version": one.result.version,
+            "model_sha256": one.result.model.hex(),
+            "released_of_the_start_model": one.figures,
+        }
+        for one in run.rounds
+    ]
+    return {
+        "study": {
+            "name": study.name,
+            "sha256": run.study.digest.hex(),
+            "purpose": study.purpose,
+            "synthetic_data": study.synthetic,
+            "architecture": study.model.architecture,
+            "classes": list(study.model.classes),
+            "parameters": study.model.parameters,
+        },
+        "charter": {
+            "sha256": run.charter.digest.hex(),
+            "demo": charter.demo,
+            "committee": [len(charter.pods), charter.committee.threshold, charter.committee.quorum],
+            "minimum_cohort": study.cohort.minimum,
+            "colluding_hospitals": study.cohort.colluding_hospitals,
+            "two_hospitals_accepted": charter.cohort.colluding_hospitals == 0,
+        },
+        "privacy": {
+            "mechanism": study.privacy.mechanism,
+            "unit": study.privacy.unit,
+            "adjacency": "add or remove one patient of one hospital",
+            "claimed_epsilon": study.privacy.epsilon,
+            "delta": study.privacy.delta,
+            "epsilon_by_site_and_split": {
+                folder.name: site_epsilon(folder / "ledger.jsonl") for folder in _hospitals(run)
+            },
+        },
+        "model": {
+            "version": last.result.version,
+            "sha256": last.result.model.hex(),
+            "lineage": [
+                study.model.initial,
+                *(one.result.model.hex() for one in run.rounds if _made_model(run, one.number)),
+            ],
+        },
+        "final_evaluation": last.figures if last.released["kind"] == "final" else {},
+        "rounds": rounds,
+        "no_medical_device": "Trained to show a federation at work. Not a medical device.",
+    }
+
+
+def site_epsilon(ledger: Path) -> dict[str, float]:
+    """ε spent by split, from the exported ledger's events (train, validation, test); empty under `none`."""
+    from services.hospital_node.ledger import Debit, split_epsilon
+
+    debits = [Debit(**json.loads(entry.event)) for entry in parse_export(ledger.read_text().splitlines())]
+    return {split: round(value, 4) for split, value in split_epsilon(debits).items()}
+
+
+def write_passport(run: Run, folder: Path) -> dict[str, Any]:
+    """passport.json, passport.md and learning-curve.png in `folder`, and model.safetensors of the last version."""
+    content = passport(run)
+    source = run.model(content["model"]["version"])
+    if hashlib.sha256(source.read_bytes()).hexdigest() != content["model"]["sha256"]:
+        raise ServiceError(Reason.BAD_DIGEST, f"{source.name} is not the model that the last result names")
+    (folder / "model.safetensors").write_bytes(source.read_bytes())
+    (folder / "passport.json").write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    (folder / "passport.md").write_text(markdown(content))
+    draw_curve(run, folder / "learning-curve.png")
+    return content
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The passport for people."""
+    study, privacy, charter = content["study"], content["privacy"], content["charter"]
+    lines = [f"# Model passport: {study['name']}, v{content['model']['version']}", ""]
+    if study["synthetic_data"]:
+        lines += ["**Synthetic data: drawn, not photographed.**", ""]
+    if charter["demo"]:
+        lines += ["**Demo charter: one person owned every site; nothing here protects anybody.**", ""]
+    if charter["two_hospitals_accepted"]:
+        lines += ["**k = 0: each of two hospitals can read the other's update together with the aggregator.**", ""]
+    lines += [
+        f"- model: {study['architecture']}, {study['parameters']:,} parameters, SHA-256 `{content['model']['sha256']}`",
+        f"- study: `{study['sha256']}`; charter: `{charter['sha256']}`",
+        f"- purpose: {study['purpose']}",
+        f"- classes: {', '.join(study['classes'])}",
+        f"- cohort: at least {charter['minimum_cohort']} hospitals, k = {charter['colluding_hospitals']}; "
+        f"committee (m, t, q) = {tuple(charter['committee'])}",
+        f"- {content['no_medical_device']}",
+        "",
+        "## Privacy",
+        "",
+        f"Mechanism `{privacy['mechanism']}`; unit: {privacy['unit']}; adjacency: {privacy['adjacency']}; "
+        f"claimed ε = {privacy['claimed_epsilon']} at δ = {privacy['delta']}.",
+        "",
+        "| site | ε train | ε validation | ε test |",
+        "|---|---|---|---|",
+    ]
+    for site, splits in privacy["epsilon_by_site_and_split"].items():
+        cells = [f"{splits[s]:.3f}" if s in splits else "none spent" for s in ("train", "validation", "test")]
+        lines.append(f"| {site} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Rounds",
+        "",
+        "| round | verdict | cohort | model | released | certificate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in content["rounds"]:
+        figures = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in one["released_of_the_start_model"].items())
+        lines.append(
+            f"| {one['round']} | {one['verdict']} {one['reason']} | {one['cohort']} | v{one['model_version']} | "
+            f"{figures} | `{one['certificate_sha256'][:16]}…` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_curve(run: Run, path: Path) -> None:
+    """Released quality of each model version, noise included, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    versions: dict[str, list[tuple[int, float]]] = {}
+    version = 0
+    for one in run.rounds:
+        for name, value in one.figures.items():
+            versions.setdefault(name, []).append((version, value))
+        version = one.result.version
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for name, points in sorted(versions.items()):
+        axes.plot(*zip(*points, strict=True), marker="o", label=name.replace("_", " "))
+    axes.axhline(1 / len(run.study.document.model.classes), color="grey", linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel="model version",
+        ylabel="released figure (noise included)",
+        ylim=(0, 1),
+        xlim=(-0.2, max(1, version) + 0.2),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    note = "synthetic data" if run.study.document.synthetic else "real images"
+    claimed = run.study.document.privacy.epsilon
+    privacy = f"ε ≤ {claimed:g}" if claimed is not None and math.isfinite(claimed) else "no differential privacy"
+    axes.set_title(f"{run.study.document.name} ({note}, {privacy})", fontsize=10)
+    if versions:
+        axes.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _hospitals(run: Run) -> list[Path]:
+    return sorted(path for path in (run.evidence / "hospitals").glob("*") if path.is_dir())
+
+
+def _made_model(run: Run, number: int) -> bool:
+    one = next(one for one in run.rounds if one.number == number)
+    return one.result.outcome == OUTCOME_ACCEPTED and one.released["kind"] == "train"

@@ -1,0 +1,273 @@
+"""`wardround verify RUN`: every signature, certificate, receipt, digest and the models' lineage, offline.
+
+What it proves: that the collected evidence is consistent with the charter's keys, byte for byte. What it cannot: that
+nobody holds back other evidence, or what a sum of masks hides.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from services.aggregator.conclude import released_figures
+from services.aggregator.strategy import STRATEGIES, rewrite
+from services.aggregator.tally import class_blocks
+from services.cli.run import Round, Run, check_sums, load_run
+from services.common.documents.charter import load_signatures
+from services.common.documents.shape import check_study, core_for, round_shape
+from services.common.errors import Reason, ServiceError
+from services.common.secagg.blob import decode, encode
+from services.common.secagg.certificate import (
+    CheckedManifest,
+    check_abandon_certificate,
+    check_certificate,
+    check_endorsed,
+    check_header,
+    check_manifest,
+    check_receipt,
+    open_round_signed,
+)
+from services.common.secagg.cohort import Cohort
+from services.common.secagg.digests import VectorDigest
+from services.common.secagg.encoding import LaneTable
+from services.common.secagg.messages import (
+    OUTCOME_ACCEPTED,
+    ZERO_DIGEST,
+    AcceptList,
+    Close,
+    Header,
+    PieceSum,
+    Result,
+    Signed,
+)
+from services.common.secagg.ring import CHUNK_BYTES
+from services.common.secagg.signing import digest, open_signed
+from services.hospital_node.ledger import parse_export, verify_export
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Chain:
+    """Where the lineage stands: the newest result, the model that the next round starts from, all known models."""
+
+    result: bytes
+    model: bytes
+    models: dict[bytes, Path]
+    signatures: int = 0
+
+
+def verify_run(folder: Path, say: Say = lambda _: None) -> int:
+    """Check everything; how many signatures verified. Raises the first fault as ServiceError."""
+    run = load_run(folder)
+    say(f"{check_sums(run.evidence)} files as collected")
+    signatures = run.aggregator / "charter.signatures.yaml"
+    if signatures.exists():
+        signed = load_signatures(signatures.read_bytes(), run.charter)
+        say(f"charter {run.charter.digest.hex()[:12]}… signed by {', '.join(signed)}")
+    check_study(run.charter, run.study)
+    models = {_sha256(path): path for path in sorted((run.aggregator / "models").glob("*.safetensors"))}
+    initial = bytes.fromhex(run.study.document.model.initial)
+    chain = _Chain(ZERO_DIGEST, initial, models)
+    _need(initial in models, "the initial model of the study is not among the models")
+    for one in run.rounds:
+        with_context = f"round {one.number}"
+        try:
+            _check_round(run, one, chain)
+        except ServiceError as error:
+            raise ServiceError(error.reason, f"{with_context}: {error.detail}") from error
+        say(f"{with_context}: {_summary(one)}")
+    _need(bool(run.rounds), "there is no round with a result")
+    _check_sites(run)
+    say(f"{len(models)} models in one line of descent, {chain.signatures} signatures verified")
+    return chain.signatures
+
+
+def _check_round(run: Run, one: Round, chain: _Chain) -> None:
+    charter, result = run.charter, one.result
+    _need(open_signed(Result, "result", one.signed, charter.roster.aggregator.key) == result, "the result differs")
+    chain.signatures += 1
+    _need(result.previous_result == chain.result, "its result does not follow the one before")
+    attempts = sorted(int(path.stem.split("-")[1]) for path in one.folder.glob("manifest-*.blob"))
+    for attempt in attempts:
+        if attempt != result.attempt:
+            _check_given_up(run, one, attempt, chain)
+    _need(result.attempt in attempts, f"the manifest of attempt {result.attempt} is missing")
+    checked = check_manifest((one.folder / f"manifest-{result.attempt}.blob").read_bytes(), charter.roster)
+    _need((result.manifest, result.round, result.charter, result.study)
+          == (checked.M, one.number, charter.digest, run.study.digest), "the result names another manifest")  # fmt: skip
+    start = checked.core.model
+    _need(start in chain.models, "the model that it starts from is not among the models")
+    _need(result.round == checked.core.round and start == chain.model, "it does not start from the newest model")
+    own = core_for(charter, run.study, one.number, chain.result, start)
+    _need(own == checked.core, "its core is not what charter and study give (P-21)")
+    table = round_shape(charter, run.study, one.number).table
+    cohort = _check_messages(one, checked, chain)
+    _need(result.cohort == cohort.digest, "the result names another cohort")
+    certificate = (one.folder / f"certificate-{result.attempt}.blob").read_bytes()
+    _need(result.certificate == hashlib.sha256(certificate).digest(), "the result names another certificate")
+    close = open_signed(Close, "close", _signed(one.folder / "close.signed"), charter.roster.aggregator.key)
+    _need((close.charter, close.study, close.round) == (charter.digest, run.study.digest, one.number), "another close")
+    chain.signatures += 1
+    _check_sum(run, one, table, cohort, chain)
+    chain.result, chain.model = digest("result", one.signed.blob), result.model
+
+
+def _check_given_up(run: Run, one: Round, attempt: int, chain: _Chain) -> None:
+    checked = check_manifest((one.folder / f"manifest-{attempt}.blob").read_bytes(), run.charter.roster)
+    path = one.folder / f"abandon-{attempt}.blob"
+    if path.exists():
+        check_abandon_certificate(
+            path.read_bytes(), run.charter.roster, run.study.digest, one.number, attempt, manifest=checked.M
+        )
+        chain.signatures += len(checked.commitments)
+    _check_submissions(one, checked, attempt, chain)
+
+
+def _check_submissions(one: Round, checked: CheckedManifest, attempt: int, chain: _Chain) -> dict[str, bytes]:
+    """Header digests by hospital; each header and receipt verified."""
+    found: dict[str, bytes] = {}
+    for path in sorted(one.folder.glob(f"header-{attempt}-*.signed")):
+        signed = _signed(path)
+        header: Header = check_header(signed, checked)
+        _need(path.name == f"header-{attempt}-{header.hospital}.signed", f"{path.name} is of {header.hospital}")
+        receipt = _signed(one.folder / f"receipt-{attempt}-{header.hospital}.signed")
+        check_receipt(receipt, checked, signed, header.hospital, header.vector)
+        found[header.hospital] = digest("header", signed.blob)
+        chain.signatures += 2
+    return found
+
+
+def _check_messages(one: Round, checked: CheckedManifest, chain: _Chain) -> Cohort:
+    attempt, quorum = one.result.attempt, checked.roster.committee.quorum
+    endorsements = [_signed(path) for path in sorted(one.folder.glob(f"endorse-{attempt}-*.signed"))]
+    check_endorsed(checked, endorsements)
+    headers = _check_submissions(one, checked, attempt, chain)
+    cohort = check_certificate(checked, (one.folder / f"certificate-{attempt}.blob").read_bytes())
+    for member in cohort.members:
+        _need(headers.get(member.hospital) == member.header, f"the cohort has another header of {member.hospital}")
+    accepts = sorted(one.folder.glob(f"accept-{attempt}-*.signed"))
+    for path in accepts:
+        open_round_signed(AcceptList, "accept", _signed(path), checked)
+    _need(len(accepts) >= quorum, f"only {len(accepts)} accept lists, {quorum} are needed")
+    chain.signatures += 1 + len(checked.commitments) + len(endorsements) + len(accepts) + quorum
+    _check_pieces(one, checked, cohort, chain)
+    return cohort
+
+
+def _check_pieces(one: Round, checked: CheckedManifest, cohort: Cohort, chain: _Chain) -> None:
+    """Every piece has a release by a holder; a second holder's digest agrees unless the result says otherwise."""
+    sums: dict[int, set[bytes]] = {}
+    committee = checked.roster.committee
+    for name in ("release", "digest"):
+        for path in sorted(one.folder.glob(f"{name}-{one.result.attempt}-*.signed")):
+            pod, signed = open_round_signed(PieceSum, "release", _signed(path), checked)
+            _need(signed.cohort == cohort.digest, f"{path.name} is over another cohort")
+            _need(signed.piece in committee.pieces_of(pod), f"{path.name}: that pod does not hold the piece")
+            sums.setdefault(signed.piece, set()).add(signed.vector)
+            chain.signatures += 1
+    _need(sorted(sums) == list(range(len(committee.pieces))), "a piece was never released")
+    differ = [piece for piece, found in sums.items() if len(found) > 1]
+    told = bool(one.released["named"] or one.released["disputed"])
+    _need(not differ or told, f"the pods' sums of pieces {differ} differ, and the result does not say so (P-23)")
+
+
+def _check_sum(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _Chain) -> None:
+    result, path = one.result, one.folder / "sum.bin"
+    if result.sum == ZERO_DIGEST:
+        _need(result.outcome != OUTCOME_ACCEPTED, "accepted without a sum")
+        return
+    with path.open("rb") as file:
+        vector = VectorDigest(table.total_bytes)
+        while chunk := file.read(CHUNK_BYTES):
+            vector.add(chunk)
+    _need(vector.result() == result.sum, "sum.bin is not the sum that the result names")
+    if one.released["verdict"] == "rejected":
+        _need(result.model == chain.model, "a rejected round changed the model")
+        return
+    figures, sums = released_figures(table, run.study, path)
+    _need(figures == one.released["figures"], "the released figures are not those of the sum")
+    _need(sums == one.released.get("sums", sums), "the released counts are not those of the sum")
+    if one.released["verdict"] == "rolled back":
+        _need(result.model in chain.models, "it rolls back to an unknown model")
+        return
+    if "parameter" in {lane.name for lane in table.lanes}:
+        server, lane = run.study.document.server, table.lane_class("parameter")
+        step = STRATEGIES[server.strategy](server.learning_rate, len(cohort.members), lane.fraction_bits)
+        made = hashlib.sha256()
+        for block in rewrite(chain.models[chain.model], lane.values, class_blocks(table, "parameter", path), step):
+            made.update(block)
+        _need(made.digest() == result.model, "the next model is not the last one plus the mean of the sum")
+        _need(result.model in chain.models, "the next model is not among the models")
+    else:
+        _need(result.model == chain.model, "a round without parameters changed the model")
+
+
+def _check_sites(run: Run) -> None:
+    """Ledgers and audit logs are whole chains; headers and receipts are known to those who should know them."""
+    for folder in sorted((run.evidence / "pods").glob("*")):
+        _named(folder, partial(verify_audit, (folder / "audit.jsonl").read_bytes()))
+    for folder in sorted((run.evidence / "hospitals").glob("*")):
+        lines = (folder / "ledger.jsonl").read_text().splitlines()
+        _named(folder, partial(verify_export, lines))
+        heads = {(entry.sequence, entry.head) for entry in parse_export(lines)}
+        for one in run.rounds:
+            for path in one.folder.glob(f"header-*-{folder.name}.signed"):
+                attempt = int(path.name.split("-")[1])
+                mark = decode(Header, _signed(path).blob).ledger
+                _need((mark.sequence, mark.head) in heads, f"{folder.name}: a header names a debit the ledger lacks")
+                held = folder / "receipts" / f"{one.number:04d}-{attempt}.signed"
+                given = one.folder / f"receipt-{attempt}-{folder.name}.signed"
+                _need(not held.exists() or held.read_bytes() == given.read_bytes(), f"{folder.name}: another receipt")
+
+
+def verify_audit(log: bytes) -> str:
+    """Walk a pod's audit chain: head = SHA-256(previous head ‖ canonical JSON of [kind, event]); the last head.
+
+    Raises ROLLED_BACK naming the first broken link.
+    """
+    head = bytes(32).hex()
+    for number, line in enumerate(log.splitlines(keepends=True), 1):
+        try:
+            entry = json.loads(line)
+            canonical = json.dumps([entry["kind"], entry["event"]], sort_keys=True, separators=(",", ":")).encode()
+            head = hashlib.sha256(bytes.fromhex(head) + canonical).hexdigest()
+            whole = (entry["sequence"], entry["head"]) == (number, head) and line.endswith(b"\n")
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise ServiceError(Reason.ROLLED_BACK, f"the audit log breaks at entry {number}")
+    return head
+
+
+def _named(folder: Path, check: Callable[[], object]) -> None:
+    try:
+        check()
+    except ServiceError as error:
+        raise ServiceError(error.reason, f"{folder.name}: {error.detail}") from error
+
+
+def _summary(one: Round) -> str:
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(one.figures.items()))
+    text = f"{one.released['verdict']}, cohort of {one.released['cohort']}, model v{one.result.version}"
+    return f"{text}; released {figures}" if figures else text
+
+
+def _signed(path: Path) -> Signed:
+    if not path.exists():
+        raise ServiceError(Reason.NOT_FOUND, f"{path.name} is missing")
+    signed = decode(Signed, path.read_bytes())
+    _need(encode(signed) == path.read_bytes(), f"{path.name} is not in its one encoding")
+    return signed
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _need(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ServiceError(Reason.BAD_DIGEST, otherwise)
