@@ -14,7 +14,8 @@ from services.common.documents.strict import Section
 def emit(document: Section, comments: bool = False) -> bytes:
     """UTF-8 YAML, keys in the order of the model; `comments` puts each key's description beside it.
 
-    None and empty tuples that are defaults are left out. Texts are quoted unless they are short plain words, so no digest becomes a number.
+    None and empty tuples that are defaults are left out.
+    Texts are quoted unless they are short plain words, so no digest becomes a number.
     """
     return ("\n".join(_section(document, 0, comments)) + "\n").encode()
 

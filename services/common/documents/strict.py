@@ -8,9 +8,10 @@ Not here: meaning across fields (charter.py, shape.py), signatures, files.
 import datetime
 import difflib
 import types
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -29,6 +30,12 @@ class Section(BaseModel):
     """A part of a document. Unknown keys are refused, values never change after loading."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML has no paths: a text where a field is a Path. Nothing else changes its type."""
+        return _with_paths(cls.model_fields[info.field_name or ""].annotation, value)
 
 
 class Document(Section):
@@ -60,6 +67,22 @@ def hex_bytes(text: str, size: int, name: str, path: str) -> bytes:
     if len(text) != 2 * size or any(c not in "0123456789abcdef" for c in text):
         raise refuse(name, f"{path} must be exactly {2 * size} lower-case hex digits, got {_shown(text)}")
     return bytes.fromhex(text)
+
+
+def peek(blob: bytes, name: str) -> dict[str, Any]:
+    """The top level of a document whose kind is not known yet, unchecked. Raises INVALID_DOCUMENT."""
+    data, _ = _parse(blob, name)
+    if not isinstance(data, dict):
+        raise refuse(name, "must be a mapping of keys to values")
+    return data
+
+
+def _with_paths(annotation: Any, value: Any) -> Any:
+    if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
+        return Path(value)
+    if isinstance(value, tuple) and get_origin(annotation) is tuple:
+        return tuple(_with_paths(get_args(annotation)[0], item) for item in value)
+    return value
 
 
 def _parse(blob: bytes, name: str) -> tuple[Any, dict[_Path, int]]:
@@ -134,9 +157,9 @@ def _check_kind(cls: type[Section], data: dict[str, Any], name: str, lines: dict
 
 
 def _translate(cls: type[Section], error: ValidationError, name: str, lines: dict[_Path, int]) -> ServiceError:
-    """ONE sentence for the first unknown key, else for the first error. A misspelt key causes both."""
-    problems = error.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    """ONE sentence: the first unknown key (a misspelt one is missing as well), else a wrong value, else what is missing."""
+    order = {"extra_forbidden": 0, "missing": 2}
+    first = min(error.errors(include_url=False), key=lambda problem: order.get(problem["type"], 1))
     path: _Path = first["loc"]
     line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), None)
     return _refusal(name, line, _sentence(cls, path, first["type"], first["msg"], first))
