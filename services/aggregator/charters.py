@@ -57,7 +57,7 @@ class Charters:
     def in_force(
         self, last: bytes, pods: Mapping[str, tuple[bytes, ...]], hospitals: Mapping[str, tuple[bytes, ...]]
     ) -> LoadedCharter:
-        """P-26: the charter of a new round. `last` is that of the newest round, the maps say who reports which digests."""
+        """P-26: the charter of a new round; `last` is the newest round's, the maps say who reports which digests."""
         pinned = self.pinned
         if pinned.next is None or pinned.next.digest == last:
             return pinned.next or pinned.current
@@ -96,9 +96,9 @@ class Charters:
         charters = [load_charter(_read(path), path.name) for path in self._config.charters if path.exists()]
         pinned = select(load_pin(_read(self._config.pins), self._config.pins.name), charters)
         if pinned.current.document.aggregator.id != self._config.id:
+            named = pinned.current.document.aggregator.id
             raise ServiceError(
-                Reason.INVALID_DOCUMENT,
-                f"the charter's aggregator is {pinned.current.document.aggregator.id}, this is {self._config.id}: check `id`",
+                Reason.INVALID_DOCUMENT, f"the charter's aggregator is {named}, this is {self._config.id}: check `id`"
             )
         if self._config.charter_signatures is not None:
             load_signatures(_read(self._config.charter_signatures), pinned.current)

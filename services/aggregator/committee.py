@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from services.aggregator import metrics
-from services.aggregator.orders import Key, Order, subject
-from services.aggregator.round import Phase, State
+from services.aggregator.orders import Key, Order
+from services.aggregator.round import Phase, State, subject
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.feed import Feed
 from services.common.rpc.signed import to_wire
@@ -79,8 +79,8 @@ class Committee:
             before.feed.close()
         self._changed()
 
-    def leave(self, pod: str, feed: Feed[WatchResponse]) -> None:
-        """A pod's stream ended."""
+    def left(self) -> None:
+        """A pod's stream ended (its feed says which)."""
         self._changed()
 
     def asked(self, pod: str, command: int) -> Key:
@@ -143,7 +143,7 @@ class Committee:
 
     def standing(self, state: State) -> tuple[frozenset[str], frozenset[str]]:
         """(able, lost) for the present phase, as `round.Tick` wants them."""
-        about = subject(state)
+        about = subject(state).hex()
         able, lost = set(), set()
         with self._lock:
             for pod, link in self._links.items():

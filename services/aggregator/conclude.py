@@ -47,7 +47,7 @@ class Outcome:
 
 
 def conclude(
-    state: State, table: LaneTable, study: LoadedStudy, store: Store, signer: Signer, at: int
+    state: State, table: LaneTable, study: LoadedStudy, store: Store, *, signer: Signer, at: int
 ) -> facts.Concluded:
     """The fact that ends the round of `state` (phase VERIFIED, every chosen sum on disk). Raises STORAGE."""
     outcome = (
@@ -120,7 +120,7 @@ def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> 
 def released_figures(
     table: LaneTable, study: LoadedStudy, path: Path
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(figures by name, summed counts by lane class) that the sum in `path` releases; `wardround verify` does it again."""
+    """(figures by name, summed counts by lane class) that the sum in `path` releases; `verify` does it again."""
     classes = len(study.document.model.classes)
     names = {lane.name for lane in table.lanes}
     sums = {

@@ -16,7 +16,7 @@ from services.aggregator import metrics
 from services.aggregator.committee import Committee
 from services.aggregator.orders import orders
 from services.aggregator.plan import Plan
-from services.aggregator.round import Phase, State, Tick, alarms, decide
+from services.aggregator.round import Answer, Phase, State, Tick, alarms, decide
 from services.aggregator.study_run import StudyRun
 from services.common.clock import Clock
 from services.common.errors import Reason, ServiceError
@@ -33,6 +33,10 @@ class Snapshot:
     run: StudyRun
     state: State
     plan: Plan
+    closed_round: int
+    waiting: str
+    pods: int  # connected and signing
+    hospitals: int  # watching
 
 
 class Enrolment:
@@ -73,13 +77,13 @@ class Coordinator:
         self._plan = plan
         self._clock = clock
         self._condition = threading.Condition()
-        self._queue: list[tuple[f.Fact, Future[None]]] = []
+        self._queue: list[tuple[f.Fact | Answer, Future[None]]] = []
         self._poked = True
         self._stopping = False
         self._held: set[tuple[str, int]] = set()
         self._held_of = b""  # the M that `_held` is about
         self._watchers: dict[object, Callable[[Snapshot], None]] = {}
-        self._snapshot = Snapshot(run, run.state, plan)
+        self._snapshot = self._look()
         self._tallying: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="conclude")
         self._thread = threading.Thread(target=self._loop, name="coordinator", daemon=True)
@@ -112,7 +116,7 @@ class Coordinator:
             self._poked = True
             self._condition.notify()
 
-    def tell(self, fact: f.Fact, seconds: float = 60) -> None:
+    def tell(self, fact: f.Fact | Answer, seconds: float = 60) -> None:
         """Hand in a fact and wait until it stands or is refused with the reason of `round.decide`."""
         future: Future[None] = Future()
         with self._condition:
@@ -171,7 +175,7 @@ class Coordinator:
             future.set_exception(ServiceError(Reason.UNREACHABLE, "the aggregator is stopping: try again in a moment"))
         self.run.store_facts()
 
-    def _turn(self, batch: list[tuple[f.Fact, Future[None]]], flush: bool) -> int | None:
+    def _turn(self, batch: list[tuple[f.Fact | Answer, Future[None]]], flush: bool) -> int | None:
         done: list[tuple[Future[None], ServiceError | None]] = []
         hard = flush
         for fact, future in batch:
@@ -253,14 +257,26 @@ class Coordinator:
         run = self.run
         with self._condition:
             held = frozenset(self._held) if self._held_of == run.state.M else frozenset()
-            if self._snapshot.state is not run.state or self._snapshot.run is not run:
-                self._snapshot = Snapshot(run, run.state, self._plan)
+            before, now = self._snapshot, self._look()
+            # The state is compared by identity: equality would walk every submission of every hospital.
+            if before.state is not now.state or (before.run, before.waiting, before.pods, before.hospitals) != (
+                now.run,
+                now.waiting,
+                now.pods,
+                now.hospitals,
+            ):
+                self._snapshot = now
                 for told in list(self._watchers.values()):
                     told(self._snapshot)
         self._show()
         relay = run.state.phase in (Phase.IDLE, Phase.TRAINING)
         asked = orders(run.state, run.rules, run.study.digest, run.total_bytes, held)
         return self.committee.send(asked, run.rules.roster, self.now(), relay)
+
+    def _look(self) -> Snapshot:
+        run, reports = self.run, self.enrolment.reports()
+        pods = len(self.committee.live())
+        return Snapshot(run, run.state, self._plan, run.closed_round, run.waiting, pods, len(reports))
 
     def _show(self) -> None:
         run, state = self.run, self.run.state
@@ -271,5 +287,6 @@ class Coordinator:
         metrics.SUBMITTED.set(len(state.submissions))
         metrics.COHORT_MINIMUM.set(run.rules.minimum)
         metrics.PODS_QUORUM.set(run.rules.roster.committee.quorum)
-        metrics.PODS_LIVE.set(len(self.committee.live()))
-        metrics.ENROLLED.set(len(self.enrolment.reports()))
+        metrics.PODS_LIVE.set(self._snapshot.pods)
+        metrics.ENROLLED.set(self._snapshot.hospitals)
+        metrics.show_charters(run.charters(), self.committee.reports(), self.enrolment.reports())

@@ -1,5 +1,7 @@
 """The aggregator's metrics: closed label sets, base units; of patients' data nothing but released figures."""
 
+from collections.abc import Mapping
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.aggregator.round import Phase
@@ -23,7 +25,7 @@ COHORT = Gauge("wardround_cohort_size", "Hospitals in the newest cohort")
 COHORT_MINIMUM = Gauge("wardround_cohort_minimum", "Smallest cohort of the study in force, in organisations")
 PODS_LIVE = Gauge("wardround_pods_live", "Key-share pods that are connected and sign")
 PODS_QUORUM = Gauge("wardround_pods_quorum", "Pods whose signatures fix a cohort")
-CHARTERS = Gauge("wardround_charter_reports", "Members that report a charter version", ["charter", "role"])
+CHARTERS = Gauge("wardround_charter_reports", "Members that hold a pinned charter (current, next)", ["charter", "role"])
 SUBMIT_SECONDS = Histogram(
     "wardround_submit_seconds", "Time of one upload from its opening to its receipt",
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000),
@@ -59,3 +61,12 @@ def show_phase(phase: Phase) -> None:
     """Set the gauge of `phase` and clear the others."""
     for other in Phase:
         PHASE.labels(other.value).set(1 if other is phase else 0)
+
+
+def show_charters(
+    pinned: Mapping[str, bytes], pods: Mapping[str, tuple[bytes, ...]], hospitals: Mapping[str, tuple[bytes, ...]]
+) -> None:
+    """How many of the members that are connected hold each pinned charter (P-26)."""
+    for word, digest in pinned.items():
+        CHARTERS.labels(word, "pod").set(sum(digest in held for held in pods.values()))
+        CHARTERS.labels(word, "hospital").set(sum(digest in held for held in hospitals.values()))

@@ -7,7 +7,7 @@ Key = (kind, M or the proposal's digest, ...).
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.aggregator.round import Phase, Rules, State
+from services.aggregator.round import Phase, Rules, State, subject
 from services.common.rpc.signed import to_wire
 from services.common.secagg.ring import chunk_lengths
 from services.common.secagg.signing import digest
@@ -38,16 +38,9 @@ Held = frozenset[tuple[str, int]]
 """(pod, piece) whose sum lies on our disk in this life of the process."""
 
 
-def subject(state: State) -> str:
-    """What the present phase's orders are about, in hex: the proposal before there is a manifest, then M."""
-    if state.phase is Phase.PROPOSED and state.proposal is not None:
-        return digest("proposal", state.proposal.blob).hex()
-    return state.M.hex()
-
-
 def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Held) -> dict[str, list[Order]]:
     """The open questions by pod id. `total_bytes` of one packed vector of the open round."""
-    about = subject(state)
+    about = subject(state).hex()
     everyone = tuple(pod.id for pod in rules.roster.pods)
     found: dict[str, list[Order]] = {pod: [] for pod in everyone}
     if state.close is not None:

@@ -32,7 +32,7 @@ class Plan:
     def target(self) -> int:
         """The last round to open: a target at or beyond the study's training rounds includes the final evaluation."""
         rounds = self.study.document.rounds
-        return int(total_rounds(self.study.document)) if self.through_round >= rounds else self.through_round
+        return total_rounds(self.study) if self.through_round >= rounds else self.through_round
 
 
 def adopt(config: Config, store: Store, charter: LoadedCharter, health: Health) -> Plan | None:

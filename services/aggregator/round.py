@@ -27,7 +27,7 @@ from services.common.secagg.messages import MAX_ATTEMPT, AbandonCertificate, Coh
 from services.common.secagg.roster import Roster
 from services.common.secagg.signing import digest
 
-__all__ = ["ALLOWED", "Phase", "Rules", "State", "Tick", "alarms", "decide", "evolve"]
+__all__ = ["ALLOWED", "Answer", "Phase", "Rules", "State", "Tick", "alarms", "decide", "evolve", "subject"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,21 @@ class Tick:
     lost: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A fact about one question: `about` is the proposal's digest or M; an answer to an older one gives nothing."""
+
+    about: bytes
+    fact: f.Fact
+
+
+def subject(state: State) -> bytes:
+    """What the present phase's questions are about: the proposal's digest before there is a manifest, then M."""
+    if state.phase is Phase.PROPOSED and state.proposal is not None:
+        return digest("proposal", state.proposal.blob)
+    return state.M
+
+
 def alarms(state: State, rules: Rules) -> tuple[int, ...]:
     """When a Tick may bring something by time alone (Unix ms)."""
     if state.phase in (Phase.IDLE, Phase.FINISHED):
@@ -67,10 +82,16 @@ def alarms(state: State, rules: Rules) -> tuple[int, ...]:
     return (state.entered + rules.grace_ms, state.entered + rules.patience_ms, state.expires)
 
 
-def decide(state: State, rules: Rules, command: "f.Fact | Tick") -> tuple[f.Fact, ...]:
+def decide(state: State, rules: Rules, command: "f.Fact | Answer | Tick") -> tuple[f.Fact, ...]:
     """The facts that follow from `command`. Raises WRONG_PHASE, LATE, CONFLICT, UNKNOWN_MEMBER or BELOW_QUORUM."""
     if isinstance(command, Tick):
         return _tick(state, rules, command)
+    if isinstance(command, Answer):
+        if command.about == subject(state):
+            return _take(state, rules, command.fact)
+        if isinstance(command.fact, f.Submitted):
+            raise _refused(Reason.LATE, "the attempt that this update is for is over: fetch the newest manifest")
+        return ()
     return _take(state, rules, command)
 
 

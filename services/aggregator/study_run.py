@@ -1,4 +1,4 @@
-"""One study as it runs here: its state, its log, and what is done by the aggregator's own hand (open, propose, conclude).
+"""One study as it runs here: its state, its log, and what the aggregator does by its own hand.
 
 Used by the coordinator's thread; `conclude` and the cached look-ups also by others. The state may be ahead of the
 disk by `unstored`; `Coordinator` publishes nothing before `store_facts`.
@@ -88,13 +88,19 @@ class StudyRun:
             self._rules[charter] = Rules(
                 roster=loaded.roster,
                 minimum=max(self.study.document.cohort.minimum, loaded.roster.minimum_cohort),
-                rounds=total_rounds(self.study.document),
+                rounds=total_rounds(self.study),
                 verify=loaded.document.verify,
                 grace_ms=self._patience.grace_ms,
                 patience_ms=self._patience.patience_ms,
                 most_abandoned=self._patience.most_abandoned,
             )
         return self._rules[charter]
+
+    def charters(self) -> dict[str, bytes]:
+        """Digests of the pinned charters by the words `current` and `next`."""
+        pinned = self._charters.pinned
+        found = {"current": pinned.current.digest}
+        return found if pinned.next is None else {**found, "next": pinned.next.digest}
 
     @property
     def table(self) -> LaneTable:
@@ -197,7 +203,7 @@ class StudyRun:
 
     def conclude(self, state: State, at: int) -> f.Concluded:
         """Tally and sign the result of the round in `state` (phase VERIFIED). Raises STORAGE."""
-        return conclude(state, self.table, self.study, self._store, self._signer, at)
+        return conclude(state, self.table, self.study, self._store, signer=self._signer, at=at)
 
     def _fold(self, fact: f.Fact) -> None:
         self.state = evolve(self.state, fact)

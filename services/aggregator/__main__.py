@@ -1,0 +1,48 @@
+"""`python -m services.aggregator --config FILE`: exit code 2 and one line for what a person must mend."""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from services.aggregator.config import load_config
+from services.aggregator.service import CONDITIONS, Aggregator
+from services.common.errors import ServiceError
+from services.common.ids import Role
+from services.common.observe.http import Health, serve_http
+from services.common.observe.logs import configure
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(prog="services.aggregator", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    path = parser.parse_args(arguments).config
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        config = load_config(path)
+        configure(Role.AGGREGATOR.value, config.id, config.log_level)
+        health = Health(CONDITIONS)
+        config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        http = serve_http(config.http, health, config.state / "http.address")
+        service = Aggregator(config, health)
+    except ServiceError as error:
+        print(f"aggregator: {error.detail}", file=sys.stderr)
+        return 2
+    health.start()
+    _log.info("started", extra={"listen": str(config.listen), "port": service.server.port})
+    ended.wait()
+    service.stop()
+    http.stop()
+    _log.info("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

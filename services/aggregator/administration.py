@@ -1,0 +1,112 @@
+"""What the site's operators ask: the status, once or at every change, and the evidence."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from services.aggregator.coordinator import Coordinator, Snapshot
+from services.aggregator.evidence import File
+from services.aggregator.round import Phase
+from services.common.errors import Reason, ServiceError
+from services.common.rpc.feed import Feed
+from services.common.secagg import blob as codec
+from services.common.secagg.messages import Result
+from wardround.admin.v1 import admin_pb2, admin_pb2_grpc
+
+_BLOCK = 1 << 20
+
+
+class Administration(admin_pb2_grpc.AdministrationServiceServicer):
+    """Reads only."""
+
+    def __init__(
+        self,
+        id: str,
+        coordinator: Coordinator,
+        studies: Callable[[], list[bytes]],
+        files: Callable[[bytes], Iterator[File]],
+    ) -> None:
+        """`studies` are those that ran here, `files` the evidence of one."""
+        self._id = id
+        self._coordinator = coordinator
+        self._studies = studies
+        self._files = files
+
+    def GetStatus(  # noqa: N802, D102  # gRPC's names
+        self, request: admin_pb2.GetStatusRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(status=self._status(self._coordinator.snapshot))
+
+    def WatchStatus(  # noqa: N802, D102
+        self, request: admin_pb2.WatchStatusRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb2.WatchStatusResponse]:
+        feed = Feed[admin_pb2.WatchStatusResponse](context)
+        last: list[bytes] = []
+
+        def told(snapshot: Snapshot) -> None:
+            status = self._status(snapshot)
+            text = status.SerializeToString(deterministic=True)
+            if last != [text]:
+                last[:] = [text]
+                feed.push(admin_pb2.WatchStatusResponse(status=status))
+
+        self._coordinator.watch(feed, told)
+        try:
+            yield from feed
+        finally:
+            self._coordinator.unwatch(feed)
+
+    def ExportEvidence(  # noqa: N802, D102
+        self, request: admin_pb2.ExportEvidenceRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin_pb2.ExportEvidenceResponse]:
+        known = self._studies()
+        if request.study and request.study not in known:
+            raise ServiceError(Reason.NOT_FOUND, f"study {request.study.hex()[:16]}… never ran here: check the digest")
+        wanted = [request.study] if request.study else known
+        for study in wanted:
+            folder = "" if len(wanted) == 1 else f"{study.hex()}/"
+            for file in self._files(study):
+                yield from _stream(folder + file.path, file)
+
+    def _status(self, snapshot: Snapshot) -> admin_pb2.Status:
+        run, state, plan = snapshot.run, snapshot.state, snapshot.plan
+        return admin_pb2.Status(
+            role="aggregator",
+            id=self._id,
+            phase=state.phase.value,
+            study=run.study.digest,
+            round=state.round,
+            attempt=state.attempt,
+            through_round=plan.target,
+            model_version=state.version,
+            hospitals_enrolled=snapshot.hospitals,
+            hospitals_submitted=len(state.submissions),
+            pods_live=snapshot.pods,
+            detail=snapshot.waiting or f"round {state.round} of {plan.target}: {state.phase.value}",
+            figures=self._figures(snapshot),
+            finished=state.phase is Phase.FINISHED,
+        )
+
+    def _figures(self, snapshot: Snapshot) -> dict[str, float]:
+        """The newest released figure of each name."""
+        found: dict[str, float] = {}
+        for link in snapshot.run.links:
+            released = json.loads(codec.decode(Result, link.result.blob).released)
+            found.update(released["figures"])
+        return found
+
+
+def _stream(path: str, file: File) -> Iterator[admin_pb2.ExportEvidenceResponse]:
+    first = admin_pb2.ExportEvidenceResponse(path=path)
+    if isinstance(file.data, bytes):
+        for start in range(0, max(1, len(file.data)), _BLOCK):
+            first.chunk = file.data[start : start + _BLOCK]
+            yield first
+            first = admin_pb2.ExportEvidenceResponse()
+        return
+    with file.data.open("rb") as source:
+        while (block := source.read(_BLOCK)) or first.path:
+            first.chunk = block
+            yield first
+            first = admin_pb2.ExportEvidenceResponse()
