@@ -59,11 +59,8 @@ class LaneTable:
 
     def lane_range(self, name: str) -> tuple[int, int]:
         """(first, behind the last) lane of the class called `name`. Raises NOT_FOUND."""
-        wanted, start = self.lane_class(name), 0
-        for lane in self.lanes:
-            if lane is wanted:
-                break
-            start += lane.values * lane.limbs
+        wanted = self.lane_class(name)
+        start = sum(lane.values * lane.limbs for lane in self.lanes[: self.lanes.index(wanted)])
         return start, start + wanted.values * wanted.limbs
 
     def check(self, maximum_cohort: int) -> None:
