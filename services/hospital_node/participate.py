@@ -33,7 +33,7 @@ from services.hospital_node.client import AggregatorClient, Phase, RoundState, U
 from services.hospital_node.ledger import Ledger
 from services.hospital_node.policy import Projection, decide, decide_study
 from services.hospital_node.ports import Consents, Progress, Trainer
-from services.hospital_node.release import Counts, check_mechanism, encode_round, round_debits
+from services.hospital_node.release import Counts, encode_round, round_debits
 from services.hospital_node.results import follow_results
 from services.hospital_node.store import Store, Submission, Vector
 from services.hospital_node.submission import mask, sign_header
@@ -103,8 +103,8 @@ class Participation:
         kept = self.store.vector(study.digest, round_number)
         name = kept.name if kept is not None else ""
         shape = round_shape(charter, study, round_number)
-        cost = round_debits(study, shape, model, name, round_number=round_number)
-        plain = round_debits(study, round_shape(charter, study, 1), model, name, round_number=1)
+        cost = round_debits(study, shape, model, name)
+        plain = round_debits(study, round_shape(charter, study, 1), model, name)
         allowed = self._consents.policy().allowed(study.digest)
         return self.ledger.project(
             cost,
@@ -118,6 +118,7 @@ class Participation:
     def _take_part(
         self, charter: LoadedCharter, study: LoadedStudy, state: RoundState, should_stop: Callable[[], bool]
     ) -> None:
+        self._check_round(study, state)
         pending = self.store.submission(state.manifest) if state.phase is Phase.COLLECTING else None
         if pending is not None and pending.receipt is not None:
             self._say("submitted", "the aggregator has this round's vector; its receipt is stored")
@@ -211,9 +212,7 @@ class Participation:
         masked = mask(packed, checked, self.hospital, self.store.blobs.write)
         self._checkpoint("masked")
         shape = round_shape(charter, study, round_number)
-        debits = round_debits(
-            study, shape, vector.model, vector.name, round_number=round_number, attempt=attempt, manifest=checked.M
-        )
+        debits = round_debits(study, shape, vector.model, vector.name, attempt=attempt, manifest=checked.M)
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
             mark = self.ledger.mark() if paid else self.ledger.append(connection, debits)
@@ -283,6 +282,14 @@ class Participation:
             self._checkpoint("result-checked")
         self.progress.model_version = self.store.chain(study.digest).version
 
+    def _check_round(self, study: LoadedStudy, state: RoundState) -> None:
+        """Refuse a replayed round before anything is trained for it; `check_attempt` holds the mark again later."""
+        highest = max((sent.round for sent in self.store.submissions(study.digest)), default=0)
+        if state.round <= self.store.chain(study.digest).round or state.round < highest:
+            raise ServiceError(
+                Reason.CLOSED, f"round {state.round} is over at this hospital, which has taken part up to {highest}"
+            )
+
     def _check_model(self, study: LoadedStudy, state: RoundState) -> None:
         """The model that a round starts from is the study's first, or the one that the last signed result names."""
         chain = self.store.chain(study.digest)
@@ -316,7 +323,6 @@ class Participation:
                 )
             self._studies = {study_digest: study}
         check_study(charter, study)
-        check_mechanism(study.document)
         return study
 
     def _charter(self, charter_digest: bytes) -> LoadedCharter:

@@ -149,8 +149,8 @@ def _decide_budget(
         return ServiceError(
             Reason.BUDGET_EXHAUSTED,
             f"round {projection.round} of study {study.document.name} would bring its ε to "
-            f"{projection.study_after:.3f}, the cap is {allowed.epsilon:g}: {left:.3f} is left, which buys {buys}; raise "
-            "the study's `epsilon` to go on",
+            f"{projection.study_after:.3f}, the cap is {allowed.epsilon:g}: {left:.3f} is left, which buys {buys}; "
+            "raise the study's `epsilon` to go on",
         )
     if projection.dataset_after > document.dataset_epsilon:
         left = max(0.0, document.dataset_epsilon - projection.dataset_spent)

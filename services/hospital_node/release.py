@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from services.common.documents.costs import Noise, final_noise, gate_noise, training_noise
 from services.common.documents.shape import RoundShape
 from services.common.documents.study import LoadedStudy, Study
-from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale, vote_sensitivity
+from services.common.dp.noise import DiscreteGaussian
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import LaneTable, clip_update, encode_vector, quantise
 from services.common.secagg.messages import LaneClass
@@ -23,6 +24,7 @@ from services.hospital_node.ledger import Debit
 I64 = npt.NDArray[np.int64]
 Keys = Callable[[], bytes]
 """Gives 32 fresh bytes of the operating system's generator at every call (P-8)."""
+_NO_NOISE = Noise(0, 0.0, 0, 0.0)
 
 
 class Counts(Protocol):
@@ -49,15 +51,6 @@ class Counts(Protocol):
         ...
 
 
-def check_mechanism(study: Study) -> None:
-    """This node trains under `local` and `none`. Raises POLICY_REFUSES for another."""
-    if study.privacy.mechanism not in ("local", "none"):
-        raise ServiceError(
-            Reason.POLICY_REFUSES,
-            f"study {study.name} uses mechanism {study.privacy.mechanism}, which this version does not offer: upgrade",
-        )
-
-
 def split_of(name: str) -> str:
     """The split of the data set that a class of lanes is drawn from (privacy.md §6)."""
     return {"parameter": "train", "gate": "validation", "confusion": "test", "histogram": "test"}[name]
@@ -68,18 +61,18 @@ def encode_round(study: Study, shape: RoundShape, update: object, counts: Counts
 
     Raises NOT_FINITE for a failed training and OUT_OF_BOUND for a count beyond its lane: nothing is sent then.
     """
-    table, noised = shape.table, study.privacy.mechanism == "local"
+    table, noises = shape.table, lane_noises(study, shape)
     names = {lane.name for lane in table.lanes}
     values: dict[str, I64] = {"weight": np.ones(1, np.int64)}
     if "parameter" in names:
         values["parameter"] = _update_lanes(study, table, np.asarray(update), keys)
     if "gate" in names:
         exact = np.concatenate([_need(counts).hits, _need(counts).totals])
-        values["gate"] = _count_lanes(study, table.lane_class("gate"), exact, keys, noised)
+        values["gate"] = _count_lanes(table.lane_class("gate"), exact, noises.get("gate"), keys)
     for name in ("confusion", "histogram"):
         if name in names:
             exact = np.ravel(getattr(_need(counts), name))
-            values[name] = _count_lanes(study, table.lane_class(name), exact, keys, noised)
+            values[name] = _count_lanes(table.lane_class(name), exact, noises.get(name), keys)
     # Noise is within the bounds of the table (data bound + 12 S): a value beyond them is a bug, never wrapped.
     return encode_vector(table, values)
 
@@ -90,7 +83,6 @@ def round_debits(
     model: bytes,
     vector: str,
     *,
-    round_number: int,
     attempt: int = 0,
     manifest: bytes = b"",
 ) -> tuple[Debit, ...]:
@@ -99,24 +91,23 @@ def round_debits(
     `attempt` 0 and an empty manifest stand for "not yet known" in a projection (L-2).
     """
     study, names = loaded.document, {lane.name for lane in shape.table.lanes}
-    privacy, evaluation = study.privacy, study.evaluation
+    privacy, noises = study.privacy, lane_noises(study, shape)
 
-    def debit(name: str, rate: float, multiplier: float, steps: int) -> Debit:
-        private = privacy.mechanism != "none"
-        sensitivity = _sensitivity(study, shape.table.lane_class(name)) if private else 0.0
+    def debit(name: str, rate: float, steps: int) -> Debit:
+        noise = noises.get(name, _NO_NOISE)
         return Debit(
             mechanism=privacy.mechanism,
             split=split_of(name),
             sampling_rate=rate,
-            noise_multiplier=multiplier if private else 0.0,
+            noise_multiplier=noise.multiplier,
             steps=steps,
-            sensitivity=sensitivity,
-            scale=share_scale(multiplier, sensitivity, 1, 0) if private else 0,
+            sensitivity=noise.sensitivity,
+            scale=noise.scale,
             minimum_cohort=study.cohort.minimum,
             colluding_hospitals=study.cohort.colluding_hospitals,
-            delta=(privacy.delta or 0.0) if private else 0.0,
+            delta=privacy.delta or 0.0,
             study=loaded.digest.hex(),
-            round=round_number,
+            round=shape.number,
             attempt=attempt,
             manifest=manifest.hex(),
             model=model.hex(),
@@ -125,20 +116,27 @@ def round_debits(
 
     found = []
     if "parameter" in names:
-        found.append(debit("parameter", privacy.sampling_rate, privacy.noise_multiplier, privacy.steps_per_round))
+        found.append(debit("parameter", privacy.sampling_rate, privacy.steps_per_round))
     if "gate" in names:
-        found.append(debit("gate", 1.0, evaluation.gate_noise_multiplier, 1))
+        found.append(debit("gate", 1.0, 1))
     if "confusion" in names:
-        found.append(debit("confusion", 1.0, evaluation.final_noise_multiplier, 1))
+        found.append(debit("confusion", 1.0, 1))  # the histograms are part of the same vector and its Δ₂
     return tuple(found)
 
 
-def _sensitivity(study: Study, lane: LaneClass) -> float:
-    """Δ₂ in integers of what one patient changes (privacy.md §4, §6)."""
-    if lane.name == "parameter":
-        return sensitivity_rint(study.privacy.scale_bits, study.privacy.clip, study.model.parameters)
-    votes = 2 if lane.name == "gate" else 1 + len(study.model.classes)
-    return vote_sensitivity(votes, lane.fraction_bits)
+def lane_noises(study: Study, shape: RoundShape) -> dict[str, Noise]:
+    """The integer noise under each class of lanes that is drawn from the data; empty under `none`."""
+    if study.privacy.mechanism == "none":
+        return {}
+    names = {lane.name for lane in shape.table.lanes}
+    found = {}
+    if "parameter" in names:
+        found["parameter"] = training_noise(study)
+    if "gate" in names:
+        found["gate"] = gate_noise(study)
+    if "confusion" in names:
+        found["confusion"] = found["histogram"] = final_noise(study)
+    return found
 
 
 def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> I64:
@@ -154,14 +152,12 @@ def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floatin
     return quantise(clipped, lane.fraction_bits, keys() if stochastic else None)
 
 
-def _count_lanes(study: Study, lane: LaneClass, exact: I64, keys: Keys, noised: bool) -> I64:
+def _count_lanes(lane: LaneClass, exact: I64, noise: Noise | None, keys: Keys) -> I64:
+    """Counts at the lane's power-of-two scale, with the hospital's own noise under `local`, exact under `none`."""
     scaled = exact.astype(np.int64) * np.int64(2**lane.fraction_bits)
-    if not noised:
+    if noise is None:
         return scaled
-    evaluation = study.evaluation
-    multiplier = evaluation.gate_noise_multiplier if lane.name == "gate" else evaluation.final_noise_multiplier
-    noise = DiscreteGaussian(share_scale(multiplier, _sensitivity(study, lane), 1, 0))
-    return scaled + noise.draw(keys(), len(scaled))
+    return scaled + DiscreteGaussian(noise.scale).draw(keys(), len(scaled))
 
 
 def _need(counts: Counts | None) -> Counts:

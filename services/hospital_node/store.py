@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import Reason
-from services.common.secagg.blob import decode, encode, many
+from services.common.secagg.blob import data, decode, encode, many
 from services.common.secagg.messages import MAX_PODS, ZERO_DIGEST, Signed
 from services.common.store.blobs import BlobStore
 from services.common.store.database import Database, open_database
@@ -155,7 +155,7 @@ class Store:
                 pending.header.blob,
                 pending.header.signature,
                 pending.header_digest,
-                encode(_Boxes(pending.boxes)),
+                encode(_Boxes(tuple(map(_Box, pending.boxes)))),
                 b"".join(pending.chunk_digests),
                 pending.y,
                 pending.vector,
@@ -235,10 +235,15 @@ class Store:
 
 
 @dataclass(frozen=True)
+class _Box:
+    sealed: bytes = data(1, maximum=8192)
+
+
+@dataclass(frozen=True)
 class _Boxes:
     """The boxes of one submission as one column."""
 
-    boxes: tuple[bytes, ...] = many(1, maximum=MAX_PODS)
+    boxes: tuple[_Box, ...] = many(1, _Box, maximum=MAX_PODS)
 
 
 def _submission(row: tuple[Any, ...]) -> Submission:
@@ -255,7 +260,7 @@ def _submission(row: tuple[Any, ...]) -> Submission:
         vector_name=name,
         header=Signed(header, signature),
         header_digest=header_digest,
-        boxes=decode(_Boxes, boxes).boxes,
+        boxes=tuple(box.sealed for box in decode(_Boxes, boxes).boxes),
         chunk_digests=tuple(digests[at : at + 32] for at in range(0, len(digests), 32)),
         y=y,
         vector=vector,
