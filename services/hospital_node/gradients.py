@@ -18,7 +18,7 @@ from services.common.dp.keystream import words
 from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale
 from services.common.dp.sampling import choose_one, poisson_sample
 from services.common.errors import Reason, ServiceError
-from services.hospital_node.clipping import clipped_sum
+from services.hospital_node.clipping import clipped_sum, integer_sum
 from services.hospital_node.dataset import Dataset, Fold
 from services.hospital_node.inputs import TURNS, Inputs
 from services.hospital_node.models import layout, size, trainable
@@ -26,27 +26,29 @@ from services.hospital_node.models import layout, size, trainable
 Keys = Callable[[], bytes]
 Gradient = Callable[[], tuple[NDArray[np.float64], int]]
 
+_BLOCK = 8  # micro-batches that are on the device at once
+
 
 @dataclass(frozen=True)
 class _Rows:
-    """What goes through the model in one step: image, turn (None: as it is) and patient of each row.
-
-    `owner` counts the step's patients 0, 1, … ascending: the rows of one patient lie together.
-    """
+    """Patients with equally many rows each: `images` (patients, rows), and how each is turned (None: as it is)."""
 
     images: NDArray[np.int64]
     turns: NDArray[np.int64] | None
-    owner: NDArray[np.int64]
 
-    def blocks(self, most: int) -> Iterator["_Rows"]:
-        """The same rows, whole patients, at most `most` rows at a time (or one patient); `owner` begins at 0 in each."""
-        ends = np.append(np.flatnonzero(np.diff(self.owner)) + 1, self.owner.size)
-        start = 0
-        while start < self.owner.size:
-            stop = max(int(ends[ends > start][0]), int(ends[ends <= start + most].max(initial=0)))
-            turns = None if self.turns is None else self.turns[start:stop]
-            yield _Rows(self.images[start:stop], turns, self.owner[start:stop] - self.owner[start])
-            start = stop
+
+class _Adjusted(nn.Module):
+    """The model with log π added to its scores (logit adjustment, Menon 2021, arXiv:2007.07314): for training only."""
+
+    def __init__(self, inner: nn.Module, shares: tuple[float, ...]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("shift", torch.tensor(shares, dtype=torch.float64).log().float(), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores (n, classes), shifted."""
+        scores: Tensor = self.inner(inputs) + self.get_buffer("shift")
+        return scores
 
 
 def gradients(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> tuple[Gradient, int]:
@@ -55,33 +57,20 @@ def gradients(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study,
     Each call gives the gradient of the mean loss (d) float64, and the rows it took (for this site's eyes only).
     Raises INVALID_DOCUMENT for a mechanism or augmentation that cannot be trained here.
     """
+    shares = study.training.class_frequencies
+    adjusted = _Adjusted(module, shares).to(next(module.parameters()).device) if shares else module
     if not inputs.augmentable and study.training.augmentations > 1:
         raise ServiceError(
             Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
         )
     if study.privacy.mechanism == "local":
-        return _private(module, inputs, dataset, study, keys), study.privacy.steps_per_round
+        return _private(adjusted, inputs, dataset, study, keys), study.privacy.steps_per_round
     if study.privacy.mechanism == "none":
-        return _plain(module, inputs, dataset, study, keys), study.training.local_steps
+        return _plain(adjusted, inputs, dataset, study, keys), study.training.local_steps
     raise ServiceError(
         Reason.INVALID_DOCUMENT,
         f"privacy.mechanism {study.privacy.mechanism} is not trained by this version: choose local, or none",
     )
-
-
-def loss_function(study: Study, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy of each row (n). Where the study states PUBLIC class shares π, log π is added to the scores.
-
-    That is logit adjustment (Menon 2021, arXiv:2007.07314): the bare scores, which evaluation uses, then aim at the
-    balanced accuracy, and no weight makes one patient's gradient larger than another's.
-    """
-    shares = study.training.class_frequencies
-    shift = torch.tensor(shares, dtype=torch.float64).log().float().to(device) if shares else None
-
-    def loss(scores: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(scores if shift is None else scores + shift, labels, reduction="none")
-
-    return loss
 
 
 def shuffled(key: bytes, count: int) -> NDArray[np.int64]:
@@ -94,22 +83,22 @@ def _private(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, 
 
     With q = 1 a patient's gradient is the mean over all its images, else that of one, uniform and secret.
     """
-    fold, privacy = dataset.fold("train"), study.privacy
-    most = study.training.micro_batch * study.training.augmentations
-    everybody = privacy.sampling_rate == 1
+    fold, privacy, micro_batch = dataset.fold("train"), study.privacy, study.training.micro_batch
     parameters = size(layout(module))
     sensitivity = sensitivity_rint(privacy.scale_bits, privacy.clip, parameters)
     noise = DiscreteGaussian(share_scale(privacy.noise_multiplier, sensitivity, 1, 0))
     device = next(module.parameters()).device
-    loss = loss_function(study, device)
 
     def gradient() -> tuple[NDArray[np.float64], int]:
-        chosen = poisson_sample(keys(), len(fold), privacy.sampling_rate)
-        rows = _draw(fold, chosen, everybody, study, inputs, keys)
-        blocks = _tensors(rows, dataset, inputs, most, device)
-        total = clipped_sum(module, loss, blocks, privacy.clip, privacy.scale_bits)
-        total += noise.draw(keys(), parameters)  # after the one rounding of the whole sum, in integers
-        return total / 2.0**privacy.scale_bits / privacy.expected_batch, rows.images.size
+        total, seen = np.zeros(parameters, np.float64), 0
+        for rows in _draw(fold, study, inputs, keys, poisson_sample(keys(), len(fold), privacy.sampling_rate)):
+            at_once = max(1, micro_batch * study.training.augmentations // rows.images.shape[1])
+            for images, labels in _tensors(rows, dataset, inputs, at_once * _BLOCK, device):
+                total += clipped_sum(module, images, labels, privacy.clip, at_once)
+                seen += labels.numel()
+        # One rounding of the whole sum: Δ₂ counts √d once. The noise comes after it, in integers.
+        noised = integer_sum(total, privacy.scale_bits) + noise.draw(keys(), parameters)
+        return noised / 2.0**privacy.scale_bits / privacy.expected_batch, seen
 
     return gradient
 
@@ -118,7 +107,6 @@ def _plain(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, ke
     """Minibatch SGD: patients in a random order, a new one when all were seen; one random image of each."""
     fold, training = dataset.fold("train"), study.training
     device = next(module.parameters()).device
-    loss = loss_function(study, device)
     waiting = np.empty(0, np.int64)
 
     def gradient() -> tuple[NDArray[np.float64], int]:
@@ -126,36 +114,47 @@ def _plain(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, ke
         if not waiting.size:
             waiting = shuffled(keys(), len(fold))
         chosen, waiting = waiting[: training.batch_size], waiting[training.batch_size :]
-        rows = _draw(fold, chosen, False, study, inputs, keys)
         module.zero_grad(set_to_none=True)
-        for images, labels, _ in _tensors(rows, dataset, inputs, training.micro_batch, device):
-            (loss(module(images), labels).sum() / rows.images.size).backward()  # type: ignore[no-untyped-call]  # torch
+        seen = 0
+        for rows in _draw(fold, study, inputs, keys, chosen):
+            for images, labels in _tensors(rows, dataset, inputs, training.micro_batch, device):
+                loss = functional.cross_entropy(module(images.flatten(0, 1)), labels.flatten(), reduction="sum")
+                (loss / rows.images.size).backward()  # type: ignore[no-untyped-call]  # torch has no types here
+                seen += labels.numel()
         flat = [p.grad.cpu().numpy().ravel() for _, p in trainable(module) if p.grad is not None]
-        return np.concatenate(flat).astype(np.float64), rows.images.size
+        return np.concatenate(flat).astype(np.float64), seen
 
     return gradient
 
 
-def _draw(fold: Fold, chosen: NDArray[np.int64], every_image: bool, study: Study, inputs: Inputs, keys: Keys) -> _Rows:
-    """All images of the chosen patients, or a secret one of each; each `augmentations` times with a random turn."""
+def _draw(fold: Fold, study: Study, inputs: Inputs, keys: Keys, chosen: NDArray[np.int64]) -> Iterator[_Rows]:
+    """The rows of the chosen patients, each image `augmentations` times with a random turn."""
+    if not chosen.size:
+        return
     counts = np.array([fold.images[patient].size for patient in chosen], np.int64)
-    if every_image:
-        images = np.concatenate([fold.images[patient] for patient in chosen])
-        owner = np.repeat(np.arange(chosen.size), counts)
+    if study.privacy.mechanism == "local" and study.privacy.sampling_rate == 1:
+        groups = [
+            np.stack([fold.images[patient] for patient in chosen[counts == count]]) for count in np.unique(counts)
+        ]
     else:
         picks = choose_one(keys(), counts)
-        images = np.array([fold.images[p][i] for p, i in zip(chosen, picks, strict=True)], np.int64)
-        owner = np.arange(chosen.size)
-    if not inputs.augmentable:
-        return _Rows(images, None, owner)
-    images, owner = (np.repeat(array, study.training.augmentations) for array in (images, owner))
-    return _Rows(images, choose_one(keys(), np.full(images.size, TURNS)), owner)
+        groups = [np.array([[fold.images[p][i]] for p, i in zip(chosen, picks, strict=True)], np.int64)]
+    for images in groups:
+        if not inputs.augmentable:
+            yield _Rows(images, None)
+            continue
+        repeated = np.repeat(images, study.training.augmentations, axis=1)
+        turns = choose_one(keys(), np.full(repeated.size, TURNS)).reshape(repeated.shape)
+        yield _Rows(repeated, turns)
 
 
 def _tensors(
-    rows: _Rows, dataset: Dataset, inputs: Inputs, most: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs, labels and patients of blocks of about `most` rows."""
-    for block in rows.blocks(most):
-        labels, owner = torch.from_numpy(dataset.labels[block.images]), torch.from_numpy(block.owner)
-        yield inputs.batch(block.images, block.turns), labels.to(device), owner.to(device)
+    rows: _Rows, dataset: Dataset, inputs: Inputs, patients: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs (p, rows, …) and labels (p, rows) of at most `patients` patients at a time."""
+    for start in range(0, rows.images.shape[0], patients):
+        images = rows.images[start : start + patients]
+        turns = None if rows.turns is None else rows.turns[start : start + patients].ravel()
+        batch = inputs.batch(images.ravel(), turns)
+        labels = torch.from_numpy(dataset.labels[images]).to(device)
+        yield batch.reshape(*images.shape, *batch.shape[1:]), labels
