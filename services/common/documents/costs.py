@@ -97,16 +97,16 @@ def round_events(study: Study, number: int) -> tuple[SplitEvent, ...]:
     return tuple(found)
 
 
-def spare_rounds(study: Study) -> int:
+def spare_rounds(rounds: int) -> int:
     """A tenth of the training rounds, rounded up (L-1)."""
-    return math.ceil(study.rounds / 10)
+    return math.ceil(rounds / 10)
 
 
 def study_events(study: Study, spare: bool = True) -> dict[Split, tuple[Event, ...]]:
     """Everything that the whole study may release, by split; `spare` counts the spare rounds. Empty under `none`."""
     if study.privacy.mechanism == "none":
         return {}
-    rounds = study.rounds + (spare_rounds(study) if spare else 0)
+    rounds = study.rounds + (spare_rounds(study.rounds) if spare else 0)
     found: dict[Split, tuple[Event, ...]] = {"train": (training_event(study, rounds),)}
     gates = len(study.evaluation.gate_rounds)
     if gates:

@@ -157,7 +157,7 @@ def _check_kind(cls: type[Section], data: dict[str, Any], name: str, lines: dict
 
 
 def _translate(cls: type[Section], error: ValidationError, name: str, lines: dict[_Path, int]) -> ServiceError:
-    """ONE sentence: the first unknown key (a misspelt one is missing as well), else a wrong value, else what is missing."""
+    """ONE sentence: an unknown key first (a misspelt one is missing as well), then wrong values, then missing ones."""
     order = {"extra_forbidden": 0, "missing": 2}
     first = min(error.errors(include_url=False), key=lambda problem: order.get(problem["type"], 1))
     path: _Path = first["loc"]

@@ -1,0 +1,248 @@
+"""Is a site ready? Every check stands by itself, so that one fault does not hide the others."""
+
+import csv
+import hashlib
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from services.cli.files import load_signer, read
+from services.common.documents.charter import LoadedCharter, load_charter, load_signatures
+from services.common.documents.pin import load_pin, select
+from services.common.documents.policy import load_policy
+from services.common.documents.shape import check_study
+from services.common.documents.strict import peek
+from services.common.documents.study import LoadedStudy, load_study
+from services.common.errors import Reason, ServiceError
+from services.common.ids import Role
+from services.common.rpc.certificates import check_leaf, identity_of
+from services.common.rpc.leaf import LeafFiles, LeafWatch
+
+_DIAL_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check."""
+
+    class State(Enum):
+        """FAILED = the service would not start, or not work."""
+
+        PASSED = "passed"
+        WARNED = "warned"
+        FAILED = "failed"
+
+    what: str
+    state: State
+    detail: str
+
+
+@dataclass
+class _Checks:
+    """Collects findings; a check that refuses is a finding, not the end."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    def run(self, what: str, check: Callable[[], str]) -> None:
+        """`check` returns what it found good, or raises ServiceError; "?" before its text makes it a warning."""
+        try:
+            detail, state = check(), Finding.State.PASSED
+            if detail.startswith("?"):
+                detail, state = detail[1:], Finding.State.WARNED
+        except ServiceError as error:
+            detail, state = error.detail, Finding.State.FAILED
+        self.findings.append(Finding(what, state, detail))
+
+
+def check_site(config: Path, study: Path | None, connect: bool, now_ms: int) -> list[Finding]:
+    """All findings about the site that `config` (of any role) describes."""
+    checks = _Checks()
+    loaded: dict[str, Any] = {}
+
+    def configuration() -> str:
+        loaded["role"], loaded["config"] = _load_config(config)
+        return f"{config}: a {loaded['role'].value}, {loaded['config'].id}"
+
+    checks.run("configuration", configuration)
+    if "config" not in loaded:
+        return checks.findings
+    role, found = loaded["role"], loaded["config"]
+
+    def charter() -> str:
+        loaded["charter"] = _charter(found, role)
+        document = loaded["charter"].document
+        words = f"{document.consortium} version {document.version}, pinned"
+        return f"?{words}; DEMO charter: safety rules are lifted" if document.demo else words
+
+    checks.run("charter and pin", charter)
+    charter_found: LoadedCharter | None = loaded.get("charter")
+    checks.run("identity key", lambda: _identity(Path(found.identity_key), found.id, charter_found))
+    checks.run("TLS certificate", lambda: _leaf(found, role, charter_found, now_ms))
+    checks.run("state folder", lambda: _state(Path(found.state)))
+    if role is Role.AGGREGATOR:
+        checks.run("study and model", lambda: _study_and_model(found, charter_found))
+    if role is Role.HOSPITAL:
+        checks.run("policy", lambda: _policy(Path(found.policy), found.id))
+        checks.run("data", lambda: _data(Path(found.data), study))
+    if connect and role is not Role.AGGREGATOR:
+        checks.run("aggregator", lambda: _dial(found.aggregator))
+    return checks.findings
+
+
+def _load_config(path: Path) -> tuple[Role, Any]:
+    keys = peek(read(path), path.name)
+    if "policy" in keys:
+        from services.hospital_node import config as hospital
+
+        return Role.HOSPITAL, hospital.load_config(path)
+    if "listen" in keys:
+        from services.aggregator import config as aggregator
+
+        return Role.AGGREGATOR, aggregator.load_config(path)
+    from services.keyshare import config as pod
+
+    return Role.POD, pod.load_config(path)
+
+
+def _charter(config: Any, role: Role) -> LoadedCharter:
+    charters = [load_charter(read(Path(path)), Path(path).name) for path in config.charters]
+    pinned = select(load_pin(read(Path(config.pins)), Path(config.pins).name), charters)
+    member = pinned.current.find(config.id)
+    if member is None or member[0] is not role:
+        listed = "not listed" if member is None else f"a {member[0].value}"
+        raise ServiceError(
+            Reason.UNKNOWN_MEMBER,
+            f"{config.id} is {listed} in the charter, this configuration is a {role.value}'s: correct `id` or the "
+            "charter",
+        )
+    signatures = getattr(config, "charter_signatures", None)
+    if signatures is not None:
+        load_signatures(read(Path(signatures)), pinned.current, Path(signatures).name)
+    return pinned.current
+
+
+def _identity(path: Path, id: str, charter: LoadedCharter | None) -> str:
+    signer = load_signer(path)
+    member = charter.find(id) if charter is not None else None
+    if member is not None and member[1].identity_key != signer.public.hex():
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT,
+            f"{path} is not the key of {id} in the charter: use the key that signed its join.yaml",
+        )
+    if path.stat().st_mode & 0o077:
+        return f"?{path} may be read by others: chmod 600 {path}"
+    return f"{path} fits the charter" if member is not None else f"{path}"
+
+
+def _leaf(config: Any, role: Role, charter: LoadedCharter | None, now_ms: int) -> str:
+    leaf = x509.load_pem_x509_certificate(
+        LeafWatch(LeafFiles(Path(config.tls.certificate), Path(config.tls.key))).current().certificate
+    )
+    named = identity_of(leaf)
+    if charter is not None:
+        consortium, member = charter.document.consortium, charter.find(config.id)
+        if (named.consortium, named.role, named.id) != (consortium, role, config.id):
+            raise ServiceError(
+                Reason.NOT_PERMITTED,
+                f"it names {named.role.value} {named.id} of {named.consortium}, not {role.value} {config.id} of "
+                f"{consortium}: issue it with `wardround site renew`",
+            )
+        if member is not None:
+            check_leaf(leaf, [member[1].tls_root.encode()], now_ms)
+    ends, begins = leaf.not_valid_after_utc.timestamp(), leaf.not_valid_before_utc.timestamp()
+    left = ends - now_ms / 1000
+    words = f"valid for {left / 86400:.1f} more days"
+    return f"?{words}: `wardround site renew` soon" if left < (ends - begins) / 3 else words
+
+
+def _state(path: Path) -> str:
+    with _touching(path, "the state folder must be writable by this user: create it, or mend its owner"):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    room = os.statvfs(path)
+    return f"{path} is writable, {room.f_bavail * room.f_frsize / 2**30:.1f} GiB free"
+
+
+def _policy(path: Path, id: str) -> str:
+    policy = load_policy(read(path), path.name).document
+    if policy.hospital != id:
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT, f"{path} is the policy of {policy.hospital}, this hospital is {id}: take its own"
+        )
+    return f"allows {len(policy.studies)} studies" if policy.studies else "?allows no study: nothing will be sent"
+
+
+def _data(folder: Path, study: Path | None) -> str:
+    if study is not None:
+        return _dataset(folder, load_study(read(study), study.name))
+    table = folder / "metadata.csv"
+    advice = "it must be a readable CSV: mount the data, or correct `data`"
+    with _touching(table, advice), table.open(newline="", encoding="utf-8-sig") as source:
+        reader = csv.DictReader(source)
+        rows = sum(1 for _ in reader)
+        columns = set(reader.fieldnames or ())
+    if "path" not in columns or not columns & {"label", "dx"} or rows == 0:
+        raise ServiceError(
+            Reason.INVALID_DATA, f"{table} needs the columns path and label (or dx), and rows: see docs/documents.md"
+        )
+    return f"{rows} images in {table}; add --study to check every row"
+
+
+def _dataset(folder: Path, study: LoadedStudy) -> str:
+    from services.hospital_node.dataset import load_dataset
+
+    model = study.document.model
+    with tempfile.TemporaryDirectory() as scratch:  # the real state folder keeps the site's split key
+        found = load_dataset(folder, model.classes, model.image_size, Path(scratch))
+    words = f"{len(found)} images, unit: {found.unit}"
+    return words if found.unit == "patient" else f"?{words}: ε protects one {found.unit}, not a whole patient"
+
+
+def _study_and_model(config: Any, charter: LoadedCharter | None) -> str:
+    study = load_study(read(Path(config.study)), Path(config.study).name)
+    if charter is not None:
+        check_study(charter, study)
+    model = Path(config.initial_model)
+    with _touching(model, "the initial model must be readable: correct `initial_model`"), model.open("rb") as source:
+        digest = hashlib.file_digest(source, "sha256").hexdigest()
+    if digest != study.document.model.initial:
+        raise ServiceError(
+            Reason.BAD_DIGEST,
+            f"{config.initial_model} has SHA-256 {digest[:12]}…, the study wants {study.document.model.initial[:12]}…: "
+            "give the file that `study draft` wrote",
+        )
+    return f"study {study.document.name}, {study.document.rounds} rounds, initial model present"
+
+
+def _dial(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ServiceError(Reason.INVALID_DOCUMENT, f"`aggregator` is {address!r}: write host:port")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _DIAL_SECONDS):
+            return f"{address} answers"
+    except OSError as error:
+        raise ServiceError(
+            Reason.UNREACHABLE,
+            f"{address} cannot be reached ({error.strerror or error}): open outbound TCP {port} to it, check DNS",
+        ) from None
+
+
+@contextmanager
+def _touching(path: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ServiceError(Reason.INVALID_DATA, f"{path}: {reason}; {advice}") from None

@@ -1,0 +1,167 @@
+"""Drafts that pass their own checks: a study calibrated for its ε, a policy that allows exactly one study."""
+
+import datetime
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.documents.charter import LoadedCharter
+from services.common.documents.costs import spare_rounds
+from services.common.documents.policy import AllowedStudy, Policy
+from services.common.documents.study import (
+    BackboneSection,
+    CohortSection,
+    EvaluationSection,
+    LoadedStudy,
+    ModelSection,
+    PrivacySection,
+    Study,
+    TimingSection,
+    TrainingSection,
+)
+from services.common.dp.accounting import calibrate
+from services.common.errors import Reason, ServiceError
+
+_GATES = 3
+_UNKNOWN = "0" * 64
+
+
+@dataclass(frozen=True)
+class DraftChoices:
+    """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex."""
+
+    name: str
+    purpose: str
+    classes: tuple[str, ...]
+    architecture: str
+    backbone: str | None
+    weights: str | None
+    image_size: int
+    rounds: int
+    mechanism: str
+    epsilon: float
+    delta: float
+    patients: int
+    sampling_rate: float
+    steps: int
+    seed: int
+    expires: datetime.date
+
+
+def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) -> Study:
+    """A study whose initial model is written to `initial`. Needs torch at this site.
+
+    Every split may use the whole ε: a patient is in one of them only. σ covers the spare rounds.
+    """
+    model = _write_initial(choices, initial)
+    gates = _gate_rounds(choices.rounds)
+    ours = charter.document.cohort
+    return Study(
+        wardround="study/v1",
+        name=choices.name,
+        purpose=choices.purpose,
+        expires=choices.expires,
+        rounds=choices.rounds,
+        model=model,
+        privacy=_privacy(choices, model.parameters),
+        training=TrainingSection(
+            learning_rate=0.5 if choices.architecture == "linear-head" else 0.1,
+            momentum=0.9,
+            local_steps=choices.steps,
+        ),
+        evaluation=_evaluation(choices, gates),
+        cohort=CohortSection(minimum=ours.minimum, colluding_hospitals=ours.colluding_hospitals),
+        timing=TimingSection(train_seconds=600, submit_seconds=600, attempt_seconds=1800),
+    )
+
+
+def draft_policy(charter: LoadedCharter, study: LoadedStudy, hospital: str, dataset: str) -> Policy:
+    """A policy of `hospital` that allows exactly this study at exactly its claims."""
+    document, ours = study.document, charter.document.cohort
+    private = document.privacy.mechanism != "none"
+    entry = AllowedStudy(
+        sha256=study.digest.hex(),
+        mechanisms=(document.privacy.mechanism,),
+        epsilon=document.privacy.epsilon or 0.0,
+        delta=document.privacy.delta or 0.0,
+        rounds=document.rounds,
+        until=document.expires,
+        minimum_cohort=max(document.cohort.minimum, ours.minimum),
+        colluding_hospitals=max(document.cohort.colluding_hospitals, ours.colluding_hospitals),
+        no_privacy=None if private else "accepted",
+    )
+    return Policy(
+        wardround="policy/v1",
+        hospital=hospital,
+        dataset=dataset,
+        dataset_epsilon=entry.epsilon,
+        dataset_delta=entry.delta,
+        studies=(entry,),
+    )
+
+
+def _write_initial(choices: DraftChoices, path: Path) -> ModelSection:
+    try:
+        from services.hospital_node import models
+    except ImportError as error:
+        raise ServiceError(
+            Reason.NOT_FOUND,
+            f"the initial model needs {error.name}, which is not installed here: pip install 'wardround[hospital,cli]'",
+        ) from None
+    backbone = None
+    if choices.architecture == "linear-head":
+        if choices.backbone is None or choices.weights is None:
+            raise ServiceError(
+                Reason.INVALID_DOCUMENT, "linear-head needs --backbone NAME and --weights FILE of the frozen backbone"
+            )
+        backbone = BackboneSection(name=choices.backbone, sha256=choices.weights)
+    wanted = ModelSection(
+        architecture=choices.architecture,
+        image_size=choices.image_size,
+        classes=choices.classes,
+        parameters=1,
+        initial=_UNKNOWN,
+        backbone=backbone,
+    )
+    shapes = models.layout(models.build(wanted))
+    digest = models.write_model_file(path, shapes, models.initial_vector(wanted, choices.seed))
+    return wanted.model_copy(update={"parameters": models.size(shapes), "initial": digest.hex()})
+
+
+def _privacy(choices: DraftChoices, parameters: int) -> PrivacySection:
+    if choices.mechanism == "none":
+        return PrivacySection(
+            mechanism="none",
+            none_accepted="We accept that no single patient is protected by noise in this study.",
+            steps_per_round=choices.steps,
+        )
+    steps = (choices.rounds + spare_rounds(choices.rounds)) * choices.steps
+    clip = 1.0
+    return PrivacySection(
+        mechanism="local",
+        epsilon=choices.epsilon,
+        delta=choices.delta,
+        clip=clip,
+        noise_multiplier=calibrate(choices.epsilon, choices.delta, choices.sampling_rate, steps),
+        sampling_rate=choices.sampling_rate,
+        expected_batch=max(1.0, choices.sampling_rate * choices.patients),
+        steps_per_round=choices.steps,
+        scale_bits=max(18, math.ceil(math.log2(256 * math.sqrt(parameters) / clip))),
+    )
+
+
+def _evaluation(choices: DraftChoices, gates: tuple[int, ...]) -> EvaluationSection:
+    if choices.mechanism == "none":
+        return EvaluationSection(gate_rounds=gates)
+    return EvaluationSection(
+        gate_rounds=gates,
+        gate_noise_multiplier=calibrate(choices.epsilon, choices.delta, 1.0, len(gates)) if gates else 0.0,
+        final_noise_multiplier=calibrate(choices.epsilon, choices.delta, 1.0, 1),
+    )
+
+
+def _gate_rounds(rounds: int) -> tuple[int, ...]:
+    """Up to three, spread over the study; never the first round, whose model nobody has trained yet."""
+    return tuple(
+        sorted({max(2, round(rounds * part / _GATES)) for part in range(1, _GATES + 1)} & set(range(2, rounds + 1)))
+    )

@@ -1,0 +1,86 @@
+"""`wardround policy`: a hospital's own consent, drafted for one study and tried against it."""
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from services.cli.drafts import draft_policy
+from services.cli.files import read, write_new
+from services.common.documents.charter import load_charter
+from services.common.documents.costs import study_epsilon
+from services.common.documents.emit import emit
+from services.common.documents.policy import load_policy
+from services.common.documents.shape import check_study, total_rounds
+from services.common.documents.study import load_study
+from services.common.errors import Reason, ServiceError
+from services.common.ids import Role
+from services.hospital_node.policy import Projection, decide
+
+app = typer.Typer(no_args_is_help=True, help="A hospital's own consent: nothing outside it is allowed.")
+
+_Charter = Annotated[Path, typer.Option(help="the charter that the study runs under")]
+_Study = Annotated[Path, typer.Option(help="the study, exact bytes")]
+
+
+@app.command()
+def check(policy: Annotated[Path, typer.Argument(help="the policy")], study: _Study, charter: _Charter) -> None:
+    """Would this policy let the whole study run, evaluations and spare rounds included? Exit code 1 if not.
+
+    Example: wardround policy check policy.yaml --study study.yaml --charter charter.yaml
+    """
+    held, loaded = load_charter(read(charter), str(charter)), load_study(read(study), str(study))
+    consent = load_policy(read(policy), str(policy))
+    check_study(held, loaded)
+    found = held.find(consent.document.hospital)
+    if found is None or found[0] is not Role.HOSPITAL:
+        raise ServiceError(
+            Reason.UNKNOWN_MEMBER, f"{policy} is of {consent.document.hospital}, which is no hospital of {charter}"
+        )
+    whole = max(study_epsilon(loaded.document).values(), default=0.0)
+    projection = Projection(
+        round=total_rounds(loaded),
+        study_spent=0.0,
+        study_after=whole,
+        dataset_spent=0.0,
+        dataset_after=whole,
+        dataset_delta_after=loaded.document.privacy.delta or 0.0,
+        rounds_left=loaded.document.rounds,
+        repeated=False,
+    )
+    refusal = decide(consent, held, loaded, projection, datetime.datetime.now(datetime.UTC).date())
+    if refusal is not None:
+        raise refusal
+    Console(highlight=False, soft_wrap=True).print(
+        f"{consent.document.hospital} allows all {loaded.document.rounds} rounds of {loaded.document.name}"
+        + (
+            f": ε up to {whole:.3f} of {consent.document.dataset_epsilon:g}, if nothing was spent before"
+            if whole
+            else ""
+        )
+    )
+
+
+@app.command()
+def draft(
+    study: _Study,
+    charter: _Charter,
+    hospital: Annotated[str, typer.Option(help="this hospital's id")],
+    out: Annotated[Path, typer.Option(help="the policy to write; not overwritten")],
+    dataset: Annotated[str, typer.Option(help="name of the data set in the ledger")] = "images",
+) -> None:
+    """Write a policy that allows exactly this study. Read the study first: the policy is your consent to it.
+
+    Example: wardround policy draft --study study.yaml --charter charter.yaml --hospital alice --out policy.yaml
+    """
+    held, loaded = load_charter(read(charter), str(charter)), load_study(read(study), str(study))
+    check_study(held, loaded)
+    blob = emit(draft_policy(held, loaded, hospital, dataset), comments=True)
+    load_policy(blob, str(out))
+    write_new(out, blob)
+    Console(highlight=False, soft_wrap=True).print(
+        f"{out}: allows study {loaded.document.name} and nothing else\n"
+        f"next: wardround policy check {out} --study {study} --charter {charter}"
+    )

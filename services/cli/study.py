@@ -1,0 +1,222 @@
+"""`wardround study`: what a study would cost before anybody agrees to it, and a working draft."""
+
+import datetime
+import hashlib
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.drafts import DraftChoices, draft_study
+from services.cli.files import read, refuse_existing, write_new
+from services.common.documents.charter import LoadedCharter, load_charter
+from services.common.documents.costs import (
+    epsilon_of,
+    round_events,
+    spare_rounds,
+    study_epsilon,
+)
+from services.common.documents.emit import emit
+from services.common.documents.shape import check_study, largest_split, round_shape, total_rounds
+from services.common.documents.study import LoadedStudy, load_study
+from services.common.errors import Reason, ServiceError
+
+app = typer.Typer(no_args_is_help=True, help="One training programme: what an ethics board approves.")
+
+_ENCAPSULATION = {"mlkem768-x25519": 1120, "x25519": 32}
+_TAG = 16
+
+
+class Mechanism(StrEnum):
+    """The mechanisms of this release."""
+
+    local = "local"
+    none = "none"
+
+
+@app.command()
+def check(
+    study: Annotated[Path, typer.Argument(help="the study, exact bytes")],
+    charter: Annotated[Path, typer.Option(help="the charter that it would run under")],
+    as_json: Annotated[bool, typer.Option("--json", help="figures for a program")] = False,
+) -> None:
+    """Hold a study against a charter and show what it costs: ε per round and in total, bytes, rounds.
+
+    Example: wardround study check study.yaml --charter charter.yaml
+    """
+    loaded, held = load_study(read(study), str(study)), load_charter(read(charter), str(charter))
+    check_study(held, loaded)
+    found = figures(held, loaded)
+    if as_json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+    else:
+        _show(Console(highlight=False, soft_wrap=True), found)
+
+
+@app.command()
+def draft(
+    charter: Annotated[Path, typer.Option(help="the charter that it would run under")],
+    out: Annotated[Path, typer.Option(help="folder for study.yaml and v0.safetensors; not overwritten")],
+    classes: Annotated[str, typer.Option(help="names of the classes, in order, with commas")],
+    name: Annotated[str, typer.Option(help="the study's name: a-z, 0-9 and '-'")] = "first-study",
+    purpose: Annotated[str, typer.Option(help="what an ethics board reads")] = "State here what this study is for.",
+    architecture: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
+    backbone: Annotated[str | None, typer.Option(help="for linear-head: the frozen backbone's name")] = None,
+    weights: Annotated[Path | None, typer.Option(help="for linear-head: the backbone's weights file")] = None,
+    image_size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="most training rounds")] = 20,
+    mechanism: Annotated[Mechanism, typer.Option(help="local: DP-SGD at each hospital; none: no protection")] = (
+        Mechanism.local
+    ),
+    epsilon: Annotated[float, typer.Option(min=0.01, help="ε of the whole study for one patient")] = 8.0,
+    delta: Annotated[float, typer.Option(min=1e-12, max=1e-2, help="δ of the whole study")] = 1e-5,
+    patients: Annotated[
+        int, typer.Option(min=1, help="training patients of a typical hospital, a PUBLIC figure")
+    ] = 1000,
+    sampling_rate: Annotated[float, typer.Option(min=1e-4, max=1, help="chance of a patient to be in a step")] = 0.25,
+    steps: Annotated[int, typer.Option(min=1, help="local steps in a round")] = 4,
+    seed: Annotated[int, typer.Option(help="of the public initial weights")] = 1,
+    expires: Annotated[datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="default: in a year")] = None,
+) -> None:
+    """Write a study that this charter accepts, with its initial model and the noise that its ε needs.
+
+    Example: wardround study draft --charter charter.yaml --classes benign,malignant --rounds 20 --epsilon 8 --out
+    study/
+    """
+    held = load_charter(read(charter), str(charter))
+    target, model = out / "study.yaml", out / "v0.safetensors"
+    refuse_existing([target, model])
+    day = (
+        expires.date() if expires is not None else datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(365)
+    )
+    choices = DraftChoices(
+        name=name,
+        purpose=purpose,
+        classes=tuple(part.strip() for part in classes.split(",")),
+        architecture=architecture,
+        backbone=backbone,
+        weights=_digest_of(weights) if weights is not None else None,
+        image_size=image_size,
+        rounds=rounds,
+        mechanism=mechanism.value,
+        epsilon=epsilon,
+        delta=delta,
+        patients=patients,
+        sampling_rate=sampling_rate,
+        steps=steps,
+        seed=seed,
+        expires=day,
+    )
+    document = draft_study(held, choices, model)
+    blob = emit(document, comments=True)
+    loaded = load_study(blob, str(target))
+    check_study(held, loaded)
+    write_new(target, blob)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{target} and {model} ({document.model.parameters} parameters)")
+    _show(console, figures(held, loaded))
+    console.print(f"next: edit it, then wardround study check {target} --charter {charter}")
+
+
+def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
+    """What `study check` shows, as plain data; sizes in bytes, ε at the study's δ."""
+    document = study.document
+    delta = document.privacy.delta
+    splits: dict[str, dict[str, float]] = {}
+    if delta is not None:
+        planned, covered = study_epsilon(document, spare=False), study_epsilon(document)
+        once = {
+            event.split: epsilon_of((event.event,), delta)
+            for number in _kinds(document.rounds, document.evaluation.gate_rounds, document.evaluation.final)
+            for event in round_events(document, number)
+        }
+        splits = {
+            split: {"one_round": once[split], "planned": planned[split], "with_spare_rounds": covered[split]}
+            for split in covered
+        }
+    committee = charter.roster.committee
+    pieces = math.comb(committee.pods - 1, committee.threshold - 1)
+    boxes = committee.pods * (_ENCAPSULATION[charter.document.suite] + 32 * pieces + _TAG)
+    plain = round_shape(charter, study, 1)
+    shapes = {
+        "train": plain.table.total_bytes,
+        "gate": max(
+            (round_shape(charter, study, number).table.total_bytes for number in document.evaluation.gate_rounds),
+            default=0,
+        ),
+        "final": round_shape(charter, study, total_rounds(study)).table.total_bytes if document.evaluation.final else 0,
+    }
+    return {
+        "study": document.name,
+        "sha256": study.digest.hex(),
+        "charter": charter.digest.hex(),
+        "demo": charter.document.demo,
+        "colluding_hospitals": document.cohort.colluding_hospitals,
+        "minimum_cohort": document.cohort.minimum,
+        "mechanism": document.privacy.mechanism,
+        "unit": document.privacy.unit,
+        "adjacency": "add/remove",
+        "delta": delta,
+        "claimed_epsilon": document.privacy.epsilon,
+        "epsilon": max((values["with_spare_rounds"] for values in splits.values()), default=None),
+        "splits": splits,
+        "rounds": document.rounds,
+        "spare_rounds": spare_rounds(document.rounds),
+        "gates": len(document.evaluation.gate_rounds),
+        "final_evaluation": document.evaluation.final,
+        "largest_split": largest_split(charter, study),
+        "parameters": document.model.parameters,
+        "upload_bytes": {kind: size + boxes for kind, size in shapes.items() if size},
+        "download_bytes": 4 * document.model.parameters,
+        "upload_against_plain_float32": (plain.table.total_bytes + boxes) / (4 * document.model.parameters),
+        "shortest_seconds": document.timing.train_seconds * total_rounds(study),
+    }
+
+
+def _kinds(rounds: int, gates: tuple[int, ...], final: bool) -> list[int]:
+    """One round of each kind."""
+    return [1, *gates[:1], *([rounds + 1] if final else [])]
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    gates = f"{found['gates']} gates" + (", a final evaluation" if found["final_evaluation"] else "")
+    console.print(f"study {found['study']}: {found['rounds']} rounds, {gates}; SHA-256 {found['sha256']}")
+    if found["demo"]:
+        console.print("[bold red]DEMO charter: safety rules are lifted; not for patients' data[/]")
+    if found["splits"]:
+        table = Table("patient of the split", "ε of one round", "planned rounds", "with spare rounds", box=None)
+        for split, values in found["splits"].items():
+            table.add_row(split, *(f"{math.ceil(value * 1000) / 1000:.3f}" for value in values.values()))
+        console.print(table)
+        console.print(
+            f"claimed: ε = {found['claimed_epsilon']:g} at δ = {found['delta']:g} for one {found['unit']} of one "
+            f"hospital, {found['adjacency']}; mechanism local, so it holds whoever else colludes"
+        )
+    else:
+        console.print("[bold red]mechanism none: no single patient is protected; only the sum's masking is[/]")
+    sizes = ", ".join(f"{kind} {_size(value)}" for kind, value in found["upload_bytes"].items())
+    console.print(
+        f"each hospital, each round: up {sizes} ({found['upload_against_plain_float32']:.3f} of plain float32), down "
+        f"{_size(found['download_bytes'])}"
+    )
+    if found["largest_split"] is not None:
+        console.print(f"a validation or test split may hold {found['largest_split']} patients")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        with path.open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError as error:
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT, f"{path} cannot be read ({error.strerror}): give the backbone's weights file"
+        ) from None
