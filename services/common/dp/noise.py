@@ -8,7 +8,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-import mpmath
 import numpy as np
 import numpy.typing as npt
 
@@ -54,9 +53,13 @@ def _bounds(variance: Fraction, radius: int) -> list[int]:
 
     Every step loses less than 2 units of 2**-320, so a bound is off by far less than one unit of 2**-192.
     """
+    import mpmath  # only whoever draws needs it: the aggregator asks for scales alone
+
     bits = TABLE_BITS + _GUARD_BITS
     with mpmath.workprec(bits + 32):
-        ratio = int(mpmath.floor(mpmath.ldexp(mpmath.exp(-mpmath.mpf(variance.denominator) / (2 * variance.numerator)), bits)))
+        ratio = int(
+            mpmath.floor(mpmath.ldexp(mpmath.exp(-mpmath.mpf(variance.denominator) / (2 * variance.numerator)), bits))
+        )
     weights = [1 << bits]
     factor, square = ratio, (ratio * ratio) >> bits
     for _ in range(radius):
@@ -110,8 +113,9 @@ class DiscreteGaussian:
 
 
 def _cube_root(value: int) -> int:
-    root = round(value ** (1 / 3))
-    return root - (root**3 > value)
+    """⌊∛value⌋ for value < 2**48."""
+    root = int(round(value ** (1 / 3)))
+    return root - int(root * root * root > value)
 
 
 def share_scale(noise_multiplier: float, sensitivity: float, minimum_cohort: int, colluding: int) -> int:
@@ -132,7 +136,7 @@ def share_scale(noise_multiplier: float, sensitivity: float, minimum_cohort: int
 def _root_up(value: Fraction) -> int:
     """⌈√value⌉."""
     root = math.isqrt(value.numerator // value.denominator)
-    return root + (root * root < value)
+    return root if root * root >= value else root + 1
 
 
 def effective_multiplier(scales: Sequence[int], sensitivity: float) -> float:
@@ -155,8 +159,13 @@ def sensitivity_rint(scale_bits: int, clip: float, parameters: int) -> float:
 def vote_scale_bits(noise_multiplier: float, votes: int, minimum_cohort: int, colluding: int) -> int:
     """The smallest power of two for a lane class of counts that makes the share's scale ≥ 256 (privacy.md §4).
 
-    `votes` = lanes that one patient adds 1 to; Δ₂ of the scaled counts is 2**bits · √votes.
+    `votes` = lanes that one patient adds 1 to; Δ₂ of the scaled counts is 2**bits · √votes. Raises
+    ServiceError(OUT_OF_BOUND) for a σ that is not positive.
     """
+    if not noise_multiplier > 0:
+        raise ServiceError(
+            Reason.OUT_OF_BOUND, f"noise multiplier {noise_multiplier} gives counts no noise at any scale"
+        )
     bits = 0
     while share_scale(noise_multiplier, vote_sensitivity(votes, bits), minimum_cohort, colluding) < SMALLEST_SCALE:
         bits += 1

@@ -1,4 +1,4 @@
-"""Which patients are in a step, and which of their images (privacy.md §1 and §4), from AES-256-CTR words alone (P-8)."""
+"""Which patients are in a step, and which of their images (privacy.md §1, §4): AES-256-CTR words alone (P-8)."""
 
 from fractions import Fraction
 
