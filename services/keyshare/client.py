@@ -162,12 +162,14 @@ class Client:
                 for item in items:
                     yield from_wire(item.header), item.box
 
-        accept_list, refused = self._pod.offer(manifest, offered)
-        for hospital, error in refused:
-            metrics.REFUSED.labels(error.reason.value).inc()
-            _log.warning("%s is left out: %s", hospital, error.detail)
-        left_out = [wire.RefusedHospital(hospital=h, reason=e.reason.value, detail=e.detail) for h, e in refused]
-        return {"accept_list": to_wire(accept_list), "refused": left_out}
+        accept_list, left_out = self._pod.offer(manifest, offered)
+        refused = []
+        for hospital, why in left_out:
+            reason, _, detail = why.partition(": ")
+            refused.append(wire.RefusedHospital(hospital=hospital, reason=reason, detail=detail))
+            metrics.REFUSED.labels(reason).inc()
+            _log.warning("%s is left out: %s", hospital, why)
+        return {"accept_list": to_wire(accept_list), "refused": refused}
 
 
 def _refusal(order: str, error: Exception) -> wire.Refusal:

@@ -11,7 +11,6 @@ Rules of this file:
 Not here: signatures, keys, seeds, disk, wire, clock.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 
@@ -108,10 +107,23 @@ def ref_of(manifest: CheckedManifest) -> Ref:
     return Ref(manifest.core.study, manifest.core.round, manifest.proposal.attempt)
 
 
-def refused_entries(state: State, command: fact.Offer) -> dict[str, ServiceError]:
-    """The hospitals whose good boxes `decide` leaves out all the same, each with its reason."""
+def judge(state: State, command: fact.Offer) -> tuple[Entry, ...]:
+    """The entries as `decide` takes them: L-4, one header a hospital, nobody new after the lock."""
     held = _serving(state, command.manifest)
-    return {entry.hospital: fault for entry, fault in _judged(state, held, command.entries) if fault is not None}
+    record, first = state.record(held.ref.study), dict(held.accepted)
+    judged = []
+    for entry in command.entries:
+        _, _, sequence, head, refusal = entry
+        if first.setdefault(entry.hospital, entry.header) != entry.header:
+            refusal = f"{Reason.CONFLICT}: a second header of this hospital under one manifest"
+        elif state.heads.get(entry.hospital, {}).get(sequence, head) != head:
+            refusal = f"{Reason.ROLLED_BACK}: its ledger sequence {sequence} was seen with another head"
+        elif sequence < record.ledger.get(entry.hospital, 0):
+            refusal = f"{Reason.ROLLED_BACK}: its ledger sequence {sequence} is below one seen in this study"
+        elif held.ref.attempt in record.locks and entry.hospital not in held.accepted:
+            refusal = f"{Reason.LATE}: the cohort is locked; wait for the next round"
+        judged.append(entry._replace(refusal=refusal))
+    return tuple(judged)
 
 
 def mark_about(state: State, nonce: bytes, asking: str) -> HighWaterMark:
@@ -182,28 +194,13 @@ def _endorse(state: State, manifest: CheckedManifest) -> list[fact.Event]:
 def _offer(state: State, command: fact.Offer) -> list[fact.Event]:
     """§4 step 6. The ledger mark of every signed header is remembered, of refused ones too (L-4)."""
     held = _serving(state, command.manifest)
-    news = []
-    for entry, fault in _judged(state, held, command.entries):
-        good = entry.good and fault is None
-        known = entry.sequence in state.heads.get(entry.hospital, {})
-        if not known or (good and entry.hospital not in held.accepted):
-            news.append(entry._replace(good=good))
-    return [fact.Offered(held.ref, tuple(news))] if news else []
-
-
-def _judged(state: State, held: Held, entries: tuple[Entry, ...]) -> Iterator[tuple[Entry, ServiceError | None]]:
-    record, offered = state.record(held.ref.study), dict(held.accepted)
-    for entry in entries:
-        fault = None
-        if offered.setdefault(entry.hospital, entry.header) != entry.header:
-            fault = ServiceError(Reason.CONFLICT, f"{entry.hospital} has a second header under one manifest")
-        elif state.heads.get(entry.hospital, {}).get(entry.sequence, entry.head) != entry.head:
-            fault = ServiceError(Reason.ROLLED_BACK, f"ledger sequence {entry.sequence} was seen with another head")
-        elif entry.sequence < record.ledger.get(entry.hospital, 0):
-            fault = ServiceError(Reason.ROLLED_BACK, f"ledger sequence {entry.sequence} is below one of this study")
-        elif held.ref.attempt in record.locks and entry.hospital not in held.accepted:
-            fault = ServiceError(Reason.LATE, f"the cohort of {_name(held.ref)} is locked: wait for the next round")
-        yield entry, fault
+    news = tuple(
+        entry
+        for entry in judge(state, command)
+        if entry.sequence not in state.heads.get(entry.hospital, {})
+        or (not entry.refusal and entry.hospital not in held.accepted)
+    )
+    return [fact.Offered(held.ref, news)] if news else []
 
 
 def _lock(state: State, command: fact.LockCohort) -> list[fact.Event]:
@@ -351,7 +348,7 @@ def evolve(state: State, event: fact.Event) -> State:
             held = held and replace(held, manifest=manifest)
         case fact.Offered(_, entries):
             state, record = _remember(state, record, entries)
-            good = {entry.hospital: entry.header for entry in entries if entry.good}
+            good = {entry.hospital: entry.header for entry in entries if not entry.refusal}
             held = held and replace(held, accepted={**good, **held.accepted})
         case fact.Locked(_, manifest, cohort, others):
             locks = {**record.locks, ref.attempt: (manifest, cohort)}

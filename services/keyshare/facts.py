@@ -31,13 +31,13 @@ class Ref(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A hospital's signed header at Offer: its digest, its ledger mark (L-4), and whether its box is good."""
+    """A hospital's signed header at Offer: its digest, its ledger mark (L-4), why it is refused ("" = accepted)."""
 
     hospital: str
     header: bytes
     sequence: int
     head: bytes
-    good: bool
+    refusal: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Endorsed(NamedTuple):
 
 
 class Offered(NamedTuple):
-    """Headers seen; those that are `good` are accepted."""
+    """Headers seen; those without a `refusal` are accepted."""
 
     ref: Ref
     entries: tuple[Entry, ...]

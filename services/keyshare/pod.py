@@ -108,43 +108,40 @@ class Pod:
 
     def offer(
         self, manifest: bytes, offered: Callable[[], Iterable[tuple[Signed, bytes]]]
-    ) -> tuple[Signed, list[tuple[str, ServiceError]]]:
-        """Offer → (signed AcceptList of all accepted so far, hospitals refused with the reason).
+    ) -> tuple[Signed, list[tuple[str, str]]]:
+        """Offer → (signed AcceptList of all accepted so far, (hospital, "REASON: why") of those left out).
 
         `offered` is called once the attempt is known to be served: (header, this pod's box) of each hospital.
         """
         checked = self._manifest(manifest)
         self._do(facts.Offer(checked, ()))  # may I?
-        entries: dict[str, Entry] = {}
-        streams: dict[str, tuple[bytes, ...]] = {}
-        refused: list[tuple[str, ServiceError]] = []
-        seconds: list[Entry] = []
+        entries: list[Entry] = []
+        streams: dict[bytes, tuple[bytes, ...]] = {}
+        left_out: list[tuple[str, str]] = []
         for signed, box in offered():
-            name = ""
             try:
-                name = codec.peek_ident(messages.Header, "hospital", signed.blob)
                 header = valid.check_header(signed, checked)
-                mark = header.ledger
-                entry = Entry(name, digest("header", signed.blob), mark.sequence, mark.head, False)
-                if name in entries:
-                    seconds.append(entry)
-                    raise ServiceError(Reason.CONFLICT, f"{name} is offered twice: its first header stands")
-                entries[name] = entry
-                streams[name] = self._open(checked, header, box)
-                entries[name] = entry._replace(good=True)
             except ServiceError as error:
-                refused.append((name, error))
-        command = facts.Offer(checked, (*entries.values(), *seconds))
+                left_out.append((_claimed(signed), str(error)))
+                continue
+            mark, refusal = header.ledger, ""
+            listed = digest("header", signed.blob)
+            try:
+                streams[listed] = self._open(checked, header, box)
+            except ServiceError as error:
+                refusal = str(error)
+            entries.append(Entry(header.hospital, listed, mark.sequence, mark.head, refusal))
+        command = facts.Offer(checked, tuple(entries))
         with self._lock:
-            refused += [pair for pair in custody.refused_entries(self.state, command).items() if entries[pair[0]].good]
+            left_out += [
+                (entry.hospital, entry.refusal) for entry in custody.judge(self.state, command) if entry.refusal
+            ]
             self._do(command)
             accepted = self.state.held[checked.core.study].accepted
             kept = self._keys(checked).streams
-            for name, keys in streams.items():
-                if accepted.get(name) == entries[name].header:
-                    kept[name] = keys
-            listed = tuple(messages.Accepted(name, accepted[name]) for name in sorted(accepted, key=str.encode))
-            return self._sign(checked, "accept", messages.AcceptList(checked.M, self.id, listed)), refused
+            kept.update({name: streams[listed] for name, listed in accepted.items() if listed in streams})
+            members = tuple(messages.Accepted(name, accepted[name]) for name in sorted(accepted, key=str.encode))
+            return self._sign(checked, "accept", messages.AcceptList(checked.M, self.id, members)), left_out
 
     def lock(self, manifest: bytes, cohort: bytes) -> Signed:
         """Lock → signed Lock."""
@@ -273,3 +270,11 @@ class Pod:
             if commitment(*place, piece, seed) != header.commitments[piece]:
                 raise ServiceError(Reason.BAD_DIGEST, f"{header.hospital}: the seed of piece {piece} is not its com")
         return tuple(stream_key(seed, *place, piece) for piece, seed in seeds.items())
+
+
+def _claimed(signed: Signed) -> str:
+    """The hospital that a refused header names, for the log only."""
+    try:
+        return codec.peek_ident(messages.Header, "hospital", signed.blob)
+    except ServiceError:
+        return "unknown"
