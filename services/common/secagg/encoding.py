@@ -8,7 +8,9 @@ noise was added; stochastic rounding needs float64.
 Not here: drawing noise (dp.noise), choosing the table (documents.shape).
 """
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +21,12 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from services.common.errors import Reason, ServiceError
+from services.common.secagg.masking import WORKERS
 from services.common.secagg.messages import MAX_LANES, LaneClass
 from services.common.secagg.ring import I64, U8, Ring
 
 SENTINEL = LaneClass(name="sentinel", values=4, fraction_bits=0, bound=1, limbs=1)
-_BLOCK = 1 << 18  # values worked on at once
+_BLOCK = 1 << 16  # values worked on at once: a few arrays of them stay in the cache
 
 F64 = npt.NDArray[np.float64]
 
@@ -97,13 +100,14 @@ def clip_update(delta: npt.NDArray[Any], l2: float, linf: float) -> F64:
     exact = np.array(delta, np.float64)
     if not np.isfinite(exact).all():
         raise ServiceError(Reason.NOT_FINITE, "the update holds NaN or infinity: the training failed, nothing is sent")
-    # The norm of unit-sized numbers: the square of 1e200 would overflow to an infinite norm.
-    largest = float(np.max(np.abs(exact), initial=0.0))
-    if largest > 0.0:
-        unit = exact / largest
-        norm = float(np.linalg.norm(unit))
-        if norm > l2 / largest:
-            exact = unit * (l2 / norm)
+    with np.errstate(over="ignore"):
+        norm = float(np.sqrt(np.dot(exact, exact)))
+    if not np.isfinite(norm):  # finite numbers whose squares overflow
+        exact /= np.max(np.abs(exact))
+        norm = float(np.sqrt(np.dot(exact, exact)))
+        exact *= l2 / norm
+    elif norm > l2:
+        exact *= l2 / norm
     np.clip(exact, -linf, linf, out=exact)
     return exact
 
@@ -115,21 +119,26 @@ def quantise(values: npt.NDArray[Any], fraction_bits: int, key: bytes | None = N
     most 16 bits without DP noise), else to the nearest even. Raises NOT_FINITE; OUT_OF_BOUND beyond 2^62.
     """
     out = np.empty(len(values), np.int64)
-    words = None if key is None else Cipher(AES256(key), CTR(bytes(16))).encryptor()
-    for start in range(0, len(values), _BLOCK):
+
+    def one(start: int) -> None:
         scaled = np.asarray(values[start : start + _BLOCK], np.float64) * 2.0**fraction_bits
         if not np.isfinite(scaled).all():
             raise ServiceError(Reason.NOT_FINITE, "a value to encode is NaN or infinite: nothing is sent")
-        if len(scaled) and float(np.max(np.abs(scaled))) >= 2.0**62:
+        if float(np.max(np.abs(scaled))) >= 2.0**62:
             raise ServiceError(Reason.OUT_OF_BOUND, "a value to encode is beyond 62 bits: nothing is sent")
-        if words is None:
+        if key is None:
             out[start : start + _BLOCK] = np.rint(scaled)
-        else:
-            drawn = np.frombuffer(words.update(bytes(8 * len(scaled))), "<u8") >> np.uint64(11)
-            below = np.floor(scaled)
-            # Compared with the exact fraction: floor(scaled + uniform) would round the sum a second time.
-            up = drawn.astype(np.float64) * 2.0**-53 < scaled - below
-            out[start : start + _BLOCK] = below.astype(np.int64) + up
+            return
+        counter = (start * 8 // 16).to_bytes(16, "big")  # eight bytes a value of ONE keystream
+        words = Cipher(AES256(key), CTR(counter)).encryptor().update(bytes(8 * len(scaled)))
+        below = np.floor(scaled)
+        scaled -= below
+        # Compared with the exact fraction: floor(scaled + uniform) would round the sum a second time.
+        up = (np.frombuffer(words, "<u8") >> np.uint64(11)) * 2.0**-53 < scaled
+        out[start : start + _BLOCK] = below
+        out[start : start + _BLOCK] += up
+
+    _each_block(len(values), one)
     return out
 
 
@@ -149,11 +158,15 @@ def encode_vector(table: LaneTable, values: Mapping[str, npt.NDArray[np.int64]],
         numbers = np.ones(4, np.int64) if lane.name == SENTINEL.name else values[lane.name]
         if numbers.shape != (lane.values,) or numbers.dtype != np.int64:
             raise _refused(f"class {lane.name!r}: {numbers.dtype}{numbers.shape}, not int64({lane.values},)")
-        for start in range(0, lane.values, _BLOCK):
+        size = lane.limbs * ring.lane_bytes
+        part = out[position : position + lane.values * size]
+
+        def one(start: int, lane: LaneClass = lane, numbers: I64 = numbers, part: U8 = part, size: int = size) -> None:
             block = numbers[start : start + _BLOCK]
-            size = len(block) * lane.limbs * ring.lane_bytes
-            _encode_block(ring, lane, block, noised, out[position : position + size])
-            position += size
+            _encode_block(ring, lane, block, noised, part[start * size : (start + len(block)) * size])
+
+        _each_block(lane.values, one)
+        position += lane.values * size
     return packed
 
 
@@ -202,10 +215,20 @@ def check_range(table: LaneTable, name: str, packed: Any, cohort_size: int) -> N
         )
 
 
+def _each_block(values: int, work: Callable[[int], None]) -> None:
+    """`work` with the start of every block of `values`, on all cores (numpy releases the interpreter lock)."""
+    if values <= _BLOCK:
+        if values:
+            work(0)
+        return
+    with ThreadPoolExecutor(WORKERS) as pool:
+        deque(pool.map(work, range(0, values, _BLOCK)), maxlen=0)
+
+
 def _encode_block(ring: Ring, lane: LaneClass, block: I64, noised: bool, out: U8) -> None:
     width = limb_bits(lane)
     top = block >> np.int64(width * (lane.limbs - 1)) if lane.limbs > 1 else block
-    if not noised and len(top) and (int(top.min()) < -lane.bound or int(top.max()) > lane.bound):
+    if not noised and (int(top.min()) < -lane.bound or int(top.max()) > lane.bound):
         raise ServiceError(
             Reason.OUT_OF_BOUND, f"a value of {lane.name!r} is beyond its bound {lane.bound}: nothing is sent"
         )

@@ -76,7 +76,7 @@ class Ring:
         self._check(raw)
         if self.bits == 24:
             values = np.zeros(len(raw) // 3, np.uint32)
-            _add_24(values, raw)
+            _apply_24(np.add, values, raw)
             values &= np.uint32(0xFFFFFF)
             return values
         return raw.view(f"<u{self.lane_bytes}").astype(np.uint32)
@@ -106,7 +106,7 @@ class RingSum:
         """Add packed lanes (a contiguous buffer of exactly `size` bytes). Raises MALFORMED for another length."""
         raw = self._sized(packed)
         if self.ring.bits == 24:
-            _add_24(self._lanes, raw)
+            _apply_24(np.add, self._lanes, raw)
         else:
             np.add(self._lanes, raw.view(self._lanes.dtype), out=self._lanes)
 
@@ -114,9 +114,7 @@ class RingSum:
         """Subtract packed lanes (a contiguous buffer of exactly `size` bytes). Raises MALFORMED for another length."""
         raw = self._sized(packed)
         if self.ring.bits == 24:
-            np.negative(self._lanes, out=self._lanes)
-            _add_24(self._lanes, raw)
-            np.negative(self._lanes, out=self._lanes)
+            _apply_24(np.subtract, self._lanes, raw)
         else:
             np.subtract(self._lanes, raw.view(self._lanes.dtype), out=self._lanes)
 
@@ -137,12 +135,12 @@ def _bytes_of(packed: Any) -> U8:
     return np.frombuffer(packed, np.uint8) if memoryview(packed).nbytes else np.empty(0, np.uint8)
 
 
-def _add_24(lanes: U32, raw: U8) -> None:
-    """Add packed 24-bit lanes to 32-bit words. The last lane goes alone: its word would end past the buffer."""
+def _apply_24(operation: np.ufunc, lanes: U32, raw: U8) -> None:
+    """lanes = operation(lanes, packed 24-bit lanes). The last goes alone: its 32-bit word would end past the buffer."""
     last = len(lanes) - 1
     if last < 0:
         return
     words = np.ndarray((last,), np.uint32, raw, 0, (3,)) if last else np.empty(0, np.uint32)
-    np.add(lanes[:last], words, out=lanes[:last])
-    tail = int.from_bytes(raw[-3:].tobytes(), "little")
-    lanes[last] = (int(lanes[last]) + tail) & 0xFFFFFFFF
+    operation(lanes[:last], words, out=lanes[:last])
+    tail = np.frombuffer(raw[-3:].tobytes() + b"\0", np.uint32)
+    operation(lanes[last:], tail, out=lanes[last:])
