@@ -1,0 +1,118 @@
+"""Whole rounds of the real aggregator over real mTLS, with fake pods and hospitals that do the real cryptography."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from services.aggregator.service import Aggregator
+from services.common.secagg.blob import decode
+from services.common.secagg.certificate import ResultLink, check_certificate, check_manifest, check_result_chain
+from services.common.secagg.messages import ZERO_DIGEST, Result
+from services.common.rpc.signed import from_wire
+from tests.support.aggregator_world import World, make_world, model_bytes, until
+from tests.support.fake_hospital import FakeHospital
+from tests.support.fake_pod import FakePod
+from wardround.round.v1 import round_pb2
+from wardround.round.v1.round_pb2_grpc import RoundCoordinationServiceStub
+
+NAMES = ("alice", "bob", "carol", "dave")
+
+
+class Federation:
+    def __init__(self, world: World, running: Aggregator) -> None:
+        self.world, self.running = world, running
+        self.pods = {pod.id: FakePod(world, pod.id) for pod in world.documents.charter.roster.pods}
+        self.hospitals: dict[str, FakeHospital] = {}
+
+    def join(self, *names: str, auto: bool = True) -> None:
+        for name in names:
+            self.hospitals[name] = FakeHospital(self.world, name, auto=auto)
+
+    @property
+    def state(self) -> Any:
+        return self.running.coordinator.snapshot.state
+
+    def stop(self) -> None:
+        for member in (*self.hospitals.values(), *self.pods.values()):
+            member.stop()
+        self.running.stop(0.2)
+
+
+@contextmanager
+def federation(folder: Path, **options: Any) -> Iterator[Federation]:
+    world = make_world(folder, **options)
+    whole = Federation(world, world.start())
+    try:
+        yield whole
+    finally:
+        whole.stop()
+
+
+def over(number: int) -> Any:
+    return lambda now: now.closed_round >= number
+
+
+def vector_of(data: bytes) -> np.ndarray:
+    return np.frombuffer(data[8 + int.from_bytes(data[:8], "little") :], "<f4")
+
+
+def expected(
+    whole: Federation, start: np.ndarray, members: tuple[str, ...], number: int, attempt: int = 1
+) -> np.ndarray:
+    """The next model from plain integers: old + sum / (n · 2^f)."""
+    sent = [whole.hospitals[name].sent[number, attempt]["parameter"] for name in members]
+    bits = whole.running.coordinator.run.table.lane_class("parameter").fraction_bits
+    return (start.astype(np.float64) + np.sum(sent, axis=0) / 2.0**bits / len(members)).astype(np.float32)
+
+
+def test_three_rounds_give_the_plain_average_and_an_unbroken_chain(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=3) as whole:
+        whole.join(*NAMES)
+        alice = whole.hospitals["alice"]
+        alice.wait_for(over(3))
+        until(lambda: whole.state.phase == "finished")
+        model = vector_of(model_bytes(50))
+        for number in (1, 2, 3):
+            model = expected(whole, model, NAMES, number)
+        assert np.array_equal(vector_of(alice.fetch_model(whole.state.model)), model)
+        assert alice.fetch_model(whole.state.model, 40) == alice.fetch_model(whole.state.model)[40:]
+        answer = alice.call(
+            RoundCoordinationServiceStub,
+            "ListResults",
+            round_pb2.ListResultsRequest(study=whole.world.study.digest),
+        )
+        roster = whole.world.documents.charter.roster
+        links = [ResultLink(from_wire(link.result), link.manifest) for link in answer.links]
+        held, last = check_result_chain(links, {roster.charter: roster}, whole.world.study.digest, ZERO_DIGEST)
+        assert held == whole.state.previous_result
+        assert last is not None
+        assert (last.version, last.model) == (3, whole.state.model)
+        for link in answer.links:
+            cohort = check_certificate(check_manifest(link.manifest, roster), link.certificate)
+            assert [member.hospital for member in cohort.members] == list(NAMES)
+            assert b'"verify":"one"' in decode(Result, from_wire(link.result).blob).released
+        assert not list((tmp_path / "state" / "vectors").iterdir()), "the vectors are scrubbed"
+
+
+def test_a_hospital_that_never_comes_is_simply_not_in_the_cohort(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=1, study={"timing": {"submit_seconds": 1.5}}) as whole:
+        whole.join("alice", "bob", "carol")
+        whole.hospitals["alice"].wait_for(over(1))
+        model = expected(whole, vector_of(model_bytes(50)), ("alice", "bob", "carol"), 1)
+        assert np.array_equal(vector_of(whole.hospitals["bob"].fetch_model(whole.state.model)), model)
+
+
+@pytest.mark.parametrize(("pods", "threshold", "quorum"), [(3, 3, 3), (5, 3, 4)])
+def test_other_committees(tmp_path: Path, pods: int, threshold: int, quorum: int) -> None:
+    with federation(tmp_path, rounds=1, pods=pods, threshold=threshold, quorum=quorum) as whole:
+        whole.join(*NAMES)
+        whole.hospitals["alice"].wait_for(over(1))
+        model = expected(whole, vector_of(model_bytes(50)), NAMES, 1)
+        assert np.array_equal(vector_of(whole.hospitals["alice"].fetch_model(whole.state.model)), model)
+        released = whole.running.coordinator.run.links[0].result
+        how = "sentinels only" if pods == threshold else "one"
+        assert f'"verify":"{how}"'.encode() in decode(Result, released.blob).released
