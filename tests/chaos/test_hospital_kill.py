@@ -117,8 +117,9 @@ def test_killed_at_any_step_no_debit_is_lost_or_doubled_and_bytes_are_equal(
         assert aggregator.opened == []  # debit before the first byte
     first_bytes = aggregator.opened[0] if aggregator.opened else None
 
+    calls = len(aggregator.calls)
     process.start()
-    aggregator.wait(lambda: bool(aggregator.submissions()))
+    aggregator.wait(lambda: "study" in aggregator.calls[calls:] and bool(aggregator.submissions()))
     if step not in AFTER_RESULT:
         finish(aggregator)
     aggregator.wait(lambda: not process.vectors())  # the second life has taken the result and scrubbed
@@ -167,7 +168,7 @@ def test_killed_before_the_receipt_x_is_reused_under_the_next_attempt(
     first = aggregator.collect()
     process.start("chunk-sent")
     process.wait_killed()
-    half = list(aggregator.arrived.values())[0]
+    half = next(iter(aggregator.arrived.values()))
     aggregator.abandon(first)
     second = aggregator.collect(2)
     process.start()
