@@ -1,0 +1,273 @@
+"""A real gRPC server with real mutual TLS in the aggregator's place, which sends real pod processes what a test says.
+
+The other pods are played by their keys (`Consortium`), so one pod process meets a whole committee.
+"""
+
+import hashlib
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from services.common.clock import SystemClock
+from services.common.documents.emit import emit
+from services.common.errors import Reason, ServiceError
+from services.common.ids import Role
+from services.common.rpc.certificates import issue_leaf, server_name
+from services.common.rpc.feed import Feed
+from services.common.rpc.interceptor import peer
+from services.common.rpc.leaf import LeafFiles
+from services.common.rpc.members import Members
+from services.common.rpc.server import RunningServer, serve
+from services.common.rpc.signed import to_wire
+from services.common.secagg import blob as codec
+from services.common.secagg import sealing
+from services.common.secagg.messages import Commitment, Core, HighWaterMark, Manifest, Mark, Signed
+from services.common.secagg.signing import Signer, digest
+from services.keyshare.config import PodConfig, TlsSection
+from tests.support.consortium import Consortium, PodKeys, Submission, derive
+from tests.support.documents import CONSORTIUM, Documents, make_documents
+from wardround.keyshare.v1 import keyshare_pb2 as wire
+from wardround.keyshare.v1 import keyshare_pb2_grpc
+
+_HOUR = 3_600_000
+ANSWERS = {
+    "Commit": wire.CommitResponse, "Endorse": wire.EndorseResponse, "Accept": wire.AcceptResponse,
+    "Lock": wire.LockResponse, "Digest": wire.DigestResponse, "Abandon": wire.AbandonResponse,
+    "HighWater": wire.HighWaterResponse, "Close": wire.CloseResponse,
+}  # fmt: skip
+
+
+class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
+    """`ask` sends one order to a pod and waits for its answer."""
+
+    def __init__(self, folder: Path, documents: Documents | None = None) -> None:
+        self.folder = folder
+        self.documents = documents or make_documents(demo=True)
+        self.roster = self.documents.charter.roster
+        self.consortium = consortium_of(self.documents)
+        self.offers: dict[bytes, list[tuple[Signed, bytes]]] = {}
+        self.lost: set[str] = set()  # RPCs whose answers never arrive
+        self.refused = threading.Event()  # one of them was tried
+        self.hellos: queue.Queue[wire.WatchRequest] = queue.Queue()
+        self._feeds: dict[str, Feed[wire.WatchResponse]] = {}
+        self._answers: dict[int, Future[Any]] = {}
+        self._number = 0
+        self._lock = threading.Lock()
+        self.running: RunningServer | None = None
+        self.port = 0
+
+    def start(self) -> None:
+        aggregator = self.roster.aggregator.id
+        leaf = self.leaf(Role.AGGREGATOR, aggregator, [server_name(aggregator, CONSORTIUM)])
+        self.running = serve(
+            [(keyshare_pb2_grpc.add_KeyShareServiceServicer_to_server, self)],
+            lambda: Members.of([self.documents.charter.document]),
+            (Role.AGGREGATOR, aggregator),
+            leaf,
+            address=f"127.0.0.1:{self.port}",
+            max_workers=16,
+        )
+        self.port = self.running.port
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop(0)
+            self.running = None
+
+    def leaf(self, role: Role, id: str, names: Sequence[str] = ()) -> LeafFiles:
+        root = self.documents.sites[id].root
+        issued = issue_leaf(
+            root.certificate, root.key, role, id, CONSORTIUM, days=1, now_ms=SystemClock().now_ms(), server_names=names
+        )
+        files = LeafFiles(self.folder / f"{id}.crt", self.folder / f"{id}.key")
+        files.certificate.write_bytes(issued.certificate)
+        files.key.write_bytes(issued.key)
+        return files
+
+    def ask(self, pod: str, seconds: float = 20, **order: Any) -> Any:
+        """The pod's answer: the request of its RPC, a list of them for a release."""
+        with self._lock:
+            self._number += 1
+            number = self._number
+        answer: Future[Any] = Future()
+        self._answers[number] = answer
+        self.send(pod, number, **order)
+        return answer.result(seconds)
+
+    def send(self, pod: str, number: int = 0, **order: Any) -> None:
+        self._feeds[pod].push(wire.WatchResponse(command=number, **order))
+
+    def wait_for(self, pod: str, seconds: float = 20) -> wire.WatchRequest:
+        """The next Watch of a pod."""
+        hello = self.hellos.get(timeout=seconds)
+        assert pod in self._feeds
+        return hello
+
+    def Watch(self, request: wire.WatchRequest, context: grpc.ServicerContext) -> Iterator[wire.WatchResponse]:
+        feed: Feed[wire.WatchResponse] = Feed(context)
+        self._feeds[peer(context).id] = feed
+        self.hellos.put(request)
+        yield from feed
+
+    def FetchOffer(
+        self, request: wire.FetchOfferRequest, context: grpc.ServicerContext
+    ) -> Iterator[wire.FetchOfferResponse]:
+        for header, box in self.offers[request.manifest]:
+            yield wire.FetchOfferResponse(header=to_wire(header), box=box)
+
+    def Release(
+        self, request_iterator: Iterator[wire.ReleaseRequest], context: grpc.ServicerContext
+    ) -> wire.ReleaseResponse:
+        # Chunks are dropped as they come: the test's own memory is not what is measured.
+        kept = []
+        for message in request_iterator:
+            if message.WhichOneof("answer") == "chunk":
+                kept.append(
+                    (
+                        message.command,
+                        message.chunk.piece,
+                        message.chunk.index,
+                        hashlib.sha256(message.chunk.data).digest(),
+                    )
+                )
+            else:
+                kept.append(message)
+        first = kept[0]
+        self._answers[first[0] if isinstance(first, tuple) else first.command].set_result(kept)
+        return wire.ReleaseResponse()
+
+    def _take(self, rpc: str, request: Any) -> Any:
+        if rpc in self.lost:
+            self.refused.set()
+            raise ServiceError(Reason.UNREACHABLE, "lost on the way")
+        answer = self._answers.get(request.command)
+        if answer is not None and not answer.done():
+            answer.set_result(request)
+        return ANSWERS[rpc]()
+
+
+def _answering(rpc: str) -> Any:
+    return lambda self, request, context: self._take(rpc, request)
+
+
+for _rpc in ANSWERS:
+    setattr(FakeAggregator, _rpc, _answering(_rpc))
+
+
+def consortium_of(documents: Documents) -> Consortium:
+    """All members' private keys of a real charter."""
+    roster = documents.charter.roster
+    pods = []
+    for member in roster.pods:
+        private, public = sealing.generate(roster.suite)
+        identity = documents.sites[member.id].signer
+        pods.append(PodKeys(identity, Signer.from_seed(derive("round", member.id)), private, public))
+    hospitals = {id: documents.sites[id].signer for id in roster.hospitals}
+    return Consortium(roster, documents.sites[roster.aggregator.id].signer, pods, hospitals)
+
+
+class PodProcess:
+    """`python -m services.keyshare` for one pod of the charter."""
+
+    def __init__(self, aggregator: FakeAggregator, index: int = 0) -> None:
+        self.aggregator = aggregator
+        self.id = aggregator.roster.pods[index].id
+        self.folder = aggregator.folder / self.id
+        self.folder.mkdir()
+        charter, pin, key = self.folder / "charter.yaml", self.folder / "pin.yaml", self.folder / "identity.pem"
+        charter.write_bytes(aggregator.documents.charter.blob)
+        pin.write_bytes(aggregator.documents.pin())
+        private = aggregator.documents.sites[self.id].signer._private_key
+        key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        leaf = aggregator.leaf(Role.POD, self.id)
+        self.socket = Path("/tmp") / f"wardround-{os.getpid()}-{self.id}-{time.monotonic_ns()}.sock"
+        self.config = PodConfig(
+            id=self.id, charters=(str(charter),), pins=str(pin), identity_key=str(key),
+            tls=TlsSection(certificate=str(leaf.certificate), key=str(leaf.key)), state=str(self.folder / "state"),
+            http="127.0.0.1:0", aggregator=f"127.0.0.1:{aggregator.port}", admin_socket=str(self.socket),
+        )  # fmt: skip
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "pod.yaml"
+
+    def spawn(self, config: bytes | None = None) -> "subprocess.Popen[str]":
+        self.file.write_bytes(config if config is not None else emit(self.config))
+        command = [sys.executable, "-m", "services.keyshare", "--config", str(self.file)]
+        self.process = subprocess.Popen(command, stderr=(self.folder / "log").open("a"), text=True)
+        return self.process
+
+    def start(self) -> wire.WatchRequest:
+        """Run until its Watch has arrived."""
+        self.spawn()
+        return self.aggregator.wait_for(self.id)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(20)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def memory(self) -> dict[str, int]:
+        """VmRSS and VmHWM in bytes, as /proc says."""
+        assert self.process is not None
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return {
+            line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))
+        }
+
+    def go_live(self, marks: Sequence[Mark] = ()) -> Any:
+        """All three forms of HighWater, with the same marks of all other pods."""
+        ask, consortium = self.aggregator.ask, self.aggregator.consortium
+        nonce = ask(self.id, high_water=wire.HighWaterOrder(nonce=wire.NonceForm())).nonce
+        signed = [
+            consortium.pods[index].identity.sign(
+                "highwater", codec.encode(HighWaterMark(nonce, self.id, member.id, tuple(marks)))
+            )
+            for index, member in enumerate(consortium.roster.pods)
+            if member.id != self.id
+        ]
+        deliver = wire.DeliverForm(marks=[to_wire(one) for one in signed])
+        return ask(self.id, high_water=wire.HighWaterOrder(deliver=deliver))
+
+    def commit(self, core: Core, attempt: int = 1, abandons: Sequence[bytes] = ()) -> tuple[Any, bytes]:
+        """(the pod's answer to Propose, the manifest with the other pods' commitments)."""
+        aggregator, consortium = self.aggregator, self.aggregator.consortium
+        now = SystemClock().now_ms()
+        proposal = consortium.proposal(core, attempt, deadline=now + _HOUR, expires=now + _HOUR)
+        answer = aggregator.ask(self.id, propose=wire.ProposeOrder(proposal=to_wire(proposal), abandons=abandons))
+        if answer.WhichOneof("answer") == "refusal":
+            return answer, b""
+        own = Signed(answer.commitment.blob, answer.commitment.signature)
+        assert codec.decode(Commitment, own.blob).proposal == digest("proposal", proposal.blob)
+        index = self.aggregator.roster.pod_index(self.id)
+        listed = [
+            own if other == index else consortium.commitment(proposal, other, core, attempt)
+            for other in range(len(consortium.roster.pods))
+        ]
+        return answer, codec.encode(Manifest(proposal, tuple(listed)))
+
+    def offer(self, manifest: bytes, submissions: Sequence[Submission]) -> Any:
+        index = self.aggregator.roster.pod_index(self.id)
+        items = [(one.header, one.boxes[index]) for one in submissions]
+        self.aggregator.offers[digest("manifest", manifest)] = items
+        return self.aggregator.ask(self.id, offer=wire.OfferOrder(manifest=manifest))
