@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, policy, site, study
+from services.cli import charter, demo, policy, site, study, verify
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app.add_typer(site.app, name="site")
 app.add_typer(charter.app, name="charter")
 app.add_typer(study.app, name="study")
 app.add_typer(policy.app, name="policy")
+app.command("demo")(demo.demo)
+app.command("verify")(verify.verify)
 
 USAGE, REFUSED, BROKEN = 2, 1, 3
 
@@ -54,6 +56,8 @@ def _explain(error: Exception) -> int:
         return _say("stopped", REFUSED)
     if hasattr(error, "format_message"):  # every usage error of typer, whichever click it rests on
         context = getattr(error, "ctx", None)
+        if not error.format_message():  # no command was given: typer has shown the help already
+            return USAGE
         path = context.command_path if context is not None else "wardround"
         return _say(f"{error.format_message().rstrip('.')}: see {path} --help", USAGE)
     return _say(f"unexpected {type(error).__name__}: {error}; run again with --debug and report it", BROKEN)
