@@ -148,8 +148,10 @@ def aggregator(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[f
 
     def work() -> None:
         source = cycle(inputs)
+        total = RingSum(table.ring, CHUNK_BYTES)
         for length in chunk_lengths(table.total_bytes):
-            total = RingSum(table.ring, length)
+            total = total if total.size == length else RingSum(table.ring, length)
+            total.clear()
             for chunk in islice(source, HOSPITALS):
                 total.add(memoryview(chunk)[:length])
             for chunk in islice(source, pieces):

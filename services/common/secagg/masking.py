@@ -12,6 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import cpu_count
 from typing import Any
 
@@ -53,11 +54,13 @@ def mask_vector(x: Any, ring: Ring, keys: Sequence[bytes], *, workers: int = WOR
     packed = memoryview(x).cast("B")
     lengths = chunk_lengths(packed.nbytes)
 
+    buffers = _Buffers(ring)
+
     def one(chunk: int) -> bytes:
         start = chunk * CHUNK_BYTES
-        total = RingSum(ring, lengths[chunk])
-        total.add(packed[start : start + lengths[chunk]])
-        return _add_streams(total, keys, chunk)
+        with buffers.borrow(lengths[chunk]) as (total, stream):
+            total.add(packed[start : start + lengths[chunk]])
+            return _add_streams(total, keys, chunk, stream)
 
     return _in_order(one, range(len(lengths)), workers)
 
@@ -75,16 +78,36 @@ def sum_streams(
             Reason.MALFORMED, f"chunks {first_chunk}..{first_chunk + chunks - 1} of a vector that has {len(lengths)}"
         )
 
+    buffers = _Buffers(ring)
+
     def one(chunk: int) -> bytes:
-        return _add_streams(RingSum(ring, lengths[chunk]), keys, chunk)
+        with buffers.borrow(lengths[chunk]) as (total, stream):
+            return _add_streams(total, keys, chunk, stream)
 
     return _in_order(one, range(first_chunk, first_chunk + chunks), workers)
 
 
-def _add_streams(total: RingSum, keys: Sequence[bytes], chunk: int) -> bytes:
+class _Buffers:
+    """The sums and stream buffers of finished chunks, used again: fresh ones cost page faults on every chunk."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._spare: list[tuple[RingSum, memoryview]] = []  # append and pop are atomic between threads
+
+    @contextmanager
+    def borrow(self, size: int) -> Iterator[tuple[RingSum, memoryview]]:
+        """A sum at zero and a stream buffer, both of `size` bytes."""
+        total, stream = self._spare.pop() if self._spare else (RingSum(self._ring, size), memoryview(bytearray(size)))
+        if total.size != size:  # only the last chunk is shorter
+            total, stream = RingSum(self._ring, size), stream[:size]
+        total.clear()
+        yield total, stream
+        self._spare.append((total, stream))
+
+
+def _add_streams(total: RingSum, keys: Sequence[bytes], chunk: int, stream: memoryview) -> bytes:
     counter = (chunk * COUNTERS_PER_CHUNK).to_bytes(16, "big")
     zeros = memoryview(_ZEROS)[: total.size]
-    stream = memoryview(bytearray(total.size))  # reused: a fresh buffer for each stream would cost more than AES
     for key in keys:
         Cipher(AES256(key), CTR(counter)).encryptor().update_into(zeros, stream)
         total.add(stream)

@@ -101,6 +101,11 @@ class RingSum:
         # At 24 bits lanes are kept as 32-bit words whose top byte is never looked at.
         kind = {16: np.uint16, 24: np.uint32, 32: np.uint32}[ring.bits]
         self._lanes: npt.NDArray[Any] = np.zeros(size // ring.lane_bytes, kind)
+        self._packed = np.empty(size if ring.bits == 24 else 0, np.uint8)
+
+    def clear(self) -> None:
+        """Start again at zero in the same memory: fresh megabytes for every chunk would cost page faults."""
+        self._lanes.fill(0)
 
     def add(self, packed: Any) -> None:
         """Add packed lanes (a contiguous buffer of exactly `size` bytes). Raises MALFORMED for another length."""
@@ -121,7 +126,8 @@ class RingSum:
     def result(self) -> bytes:
         """The sum so far as packed lanes, `size` bytes."""
         if self.ring.bits == 24:
-            return self.ring.pack(self._lanes)
+            self.ring.pack_into(self._lanes, self._packed)
+            return self._packed.tobytes()
         return self._lanes.tobytes()
 
     def _sized(self, packed: Any) -> U8:
