@@ -6,6 +6,7 @@ here calls out while holding it but pushing to feeds.
 
 import itertools
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Committee:
         self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
         self._commands: dict[int, tuple[str, Key]] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(secrets.randbits(48))  # an answer to an earlier life's command matches nothing
 
     def join(self, pod: str, feed: Feed[WatchResponse], boot: bytes, live: bool, charters: tuple[bytes, ...]) -> None:
         """A pod dialled; an older stream of the same pod ends."""

@@ -80,6 +80,7 @@ class Coordinator:
         self._queue: list[tuple[f.Fact | Answer, Future[None]]] = []
         self._poked = True
         self._stopping = False
+        self._awake = 0
         self._held: set[tuple[str, int]] = set()
         self._held_of = b""  # the M that `_held` is about
         self._watchers: dict[object, Callable[[Snapshot], None]] = {}
@@ -90,6 +91,7 @@ class Coordinator:
 
     def start(self) -> None:
         """Begin; what was open before is asked again as pods dial."""
+        self._awake = self.now()
         self.run.scrub()
         self._thread.start()
 
@@ -197,7 +199,7 @@ class Coordinator:
             else:
                 future.set_exception(refusal)
         again = self._publish()
-        times = [time for time in alarms(self.run.state, self.run.rules) if time > self.now()]
+        times = [time for time in alarms(self.run.state, self.run.rules, self._awake) if time > self.now()]
         if again is not None:
             times.append(again)
         if self.run.unstored:
@@ -214,7 +216,7 @@ class Coordinator:
         """What follows now: from time and the pods' standing, or by our own hand (open, propose, conclude)."""
         run, at = self.run, self.now()
         able, lost = self.committee.standing(run.state)
-        found = decide(run.state, run.rules, Tick(at, able, lost))
+        found = decide(run.state, run.rules, Tick(at, able, lost, self._awake))
         if found:
             return found
         if run.state.phase in (Phase.IDLE, Phase.FINISHED) and run.study.digest != self._plan.study.digest:

@@ -49,11 +49,16 @@ class Rules:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passed. `able`: pods that can answer what this phase asks; `lost`: pods that never will for this attempt."""
+    """Time passed. `able`: pods that can answer what this phase asks; `lost`: pods that never will for this attempt.
+
+    `awake`: since when this process listens (Unix ms). Waiting for pods begins anew with it: after a restart they
+    need a moment to dial, and an attempt must not be given up because we were away.
+    """
 
     at: int
     able: frozenset[str]
     lost: frozenset[str] = frozenset()
+    awake: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def subject(state: State) -> bytes:
     return state.M
 
 
-def alarms(state: State, rules: Rules) -> tuple[int, ...]:
+def alarms(state: State, rules: Rules, awake: int = 0) -> tuple[int, ...]:
     """When a Tick may bring something by time alone (Unix ms)."""
     if state.phase in (Phase.IDLE, Phase.FINISHED):
         return ()
@@ -79,7 +84,8 @@ def alarms(state: State, rules: Rules) -> tuple[int, ...]:
         return (state.train_until,)
     if state.phase is Phase.COLLECTING:
         return (state.deadline,)
-    return (state.entered + rules.grace_ms, state.entered + rules.patience_ms, state.expires)
+    since = max(state.entered, awake)
+    return (since + rules.grace_ms, since + rules.patience_ms, state.expires)
 
 
 def decide(state: State, rules: Rules, command: "f.Fact | Answer | Tick") -> tuple[f.Fact, ...]:
@@ -226,11 +232,15 @@ def _tick(state: State, rules: Rules, tick: Tick) -> tuple[f.Fact, ...]:
             return ()
 
 
+def _waited(state: State, tick: Tick) -> int:
+    return tick.at - max(state.entered, tick.awake)
+
+
 def _ready(state: State, rules: Rules, tick: Tick, answered: set[str], asked: set[str]) -> bool:
     """At least q answered, and nobody else is worth waiting for."""
     if len(answered) < rules.roster.committee.quorum:
         return False
-    waited = tick.at - state.entered
+    waited = _waited(state, tick)
     missing = asked - answered - tick.lost
     return not missing or waited >= rules.patience_ms or (waited >= rules.grace_ms and not missing & tick.able)
 
@@ -240,13 +250,13 @@ def _hopeless(state: State, rules: Rules, tick: Tick, answered: set[str], asked:
     quorum = rules.roster.committee.quorum
     if len((asked - tick.lost) | answered) < quorum or tick.at >= state.expires:
         return True
-    return tick.at - state.entered >= rules.patience_ms and len((asked & tick.able) | answered) < quorum
+    return _waited(state, tick) >= rules.patience_ms and len((asked & tick.able) | answered) < quorum
 
 
 def _failed(
     state: State, rules: Rules, tick: Tick, answered: set[str], asked: set[str], *, step: str
 ) -> tuple[f.Fact, ...]:
-    if _hopeless(state, rules, tick, answered, asked) or tick.at - state.entered >= rules.patience_ms:
+    if _hopeless(state, rules, tick, answered, asked) or _waited(state, tick) >= rules.patience_ms:
         quorum = rules.roster.committee.quorum
         return (f.AttemptFailed(tick.at, f"{len(answered)} pods answered {step}, the quorum is {quorum}"),)
     return ()

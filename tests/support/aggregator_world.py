@@ -1,8 +1,7 @@
-"""A whole site of the coordinating centre on disk, started in this process or as a real one; and what its users dial."""
+"""The coordinating centre on disk, started in this process or as a real one; and what its users dial."""
 
+import hashlib
 import json
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,14 +16,13 @@ from services.aggregator.config import load_config
 from services.aggregator.service import CONDITIONS, Aggregator
 from services.cli.processes import Service, wait_for_file
 from services.common.clock import SystemClock
-from services.common.documents.emit import emit
 from services.common.documents.study import LoadedStudy
 from services.common.ids import Role
 from services.common.observe.http import Health
 from services.common.rpc.certificates import issue_leaf, server_name
 from services.common.rpc.channel import Caller, dial
 from services.common.rpc.leaf import Leaf, LeafFiles
-from tests.support.documents import CONSORTIUM, Documents, Site, make_documents, make_study, study_fields
+from tests.support.documents import CONSORTIUM, Documents, Site, make_documents, make_study
 
 ROOT = Path(__file__).resolve().parents[2]
 CENTRE = "centre"
@@ -126,12 +124,9 @@ def make_world(
     **charter: Any,
 ) -> World:
     """A centre with mechanism `none`, no wait for training, generous deadlines; `study` sections are merged in."""
-    import hashlib
-
     folder.mkdir(parents=True, exist_ok=True)
     documents = make_documents(**charter)
     model = model_bytes(parameters)
-    fields = study_fields("none")
     sections: dict[str, Any] = {
         "rounds": rounds,
         "model": {"parameters": parameters, "initial": hashlib.sha256(model).hexdigest()},
@@ -142,7 +137,6 @@ def make_world(
     for key, change in (study or {}).items():
         base = sections.get(key, {})
         sections[key] = {**base, **change} if isinstance(change, dict) else change
-    del fields
     loaded = make_study("none", **sections)
     world = World(folder, documents, loaded, parameters, rounds if through_round is None else through_round)
     (folder / "charter.yaml").write_bytes(documents.charter.blob)
@@ -167,10 +161,3 @@ def until(what: Callable[[], Any], seconds: float = 30, why: str = "") -> Any:
             return found
         time.sleep(0.005)
     raise AssertionError(f"not within {seconds} s: {why or what}")
-
-
-def copy_state(world: World, target: Path) -> None:
-    shutil.copytree(world.folder / "state", target)
-
-
-assert sys.version_info >= (3, 11)
