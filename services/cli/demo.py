@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +90,7 @@ def demo(  # what a person may choose; each has a default that works
         image_size,
         backbone,
         synthetic_data=data is None,
+        quick_deadline=kill_one,
     )
     what = "synthetic images (drawn, not photographed)" if data is None else f"real images from {data}"
     title = f"Wardround demo · {len(folders)} hospitals, {pods} key-share pods · {what}"
@@ -118,13 +119,19 @@ def lay_out(
     backbone: Path | None,
     *,
     synthetic_data: bool,
+    quick_deadline: bool = False,
 ) -> Federation:
-    """All files of a federation: sites, charter, v0, study, policies, configs. Raises INVALID_DOCUMENT and the like."""
+    """All files of a federation: sites, charter, v0, study, policies, configs.
+
+    `quick_deadline`: a round waits 25 s for the missing, not longer. Raises INVALID_DOCUMENT and the like.
+    """
     from services.hospital_node.models import build, initial_vector, layout, size, write_model_file
 
     if model not in demo_study.REAL:
         raise ServiceError(Reason.INVALID_DOCUMENT, f"model {model!r} is unknown: choose {', '.join(demo_study.REAL)}")
     settings = demo_study.SYNTHETIC if synthetic_data and model == "small-cnn" else demo_study.REAL[model]
+    if quick_deadline:
+        settings = replace(settings, submit_seconds=25)
     section: dict[str, Any] = {
         "architecture": model,
         "image_size": image_size or settings.image_size,
@@ -263,7 +270,10 @@ def _summary(console: Console, content: dict[str, Any], output: Path, seconds: f
         table.add_row(str(one["round"]), one["verdict"], str(one["cohort"]), f"v{one['model_version']}", figures)
     console.print(table)
     for site, splits in content["privacy"]["epsilon_by_site_and_split"].items():
-        spent = ", ".join(f"{split} {value:.2f}" for split, value in splits.items()) or "no differential privacy"
+        spent = (
+            ", ".join(f"{split} {passport.round_up(value, 2):.2f}" for split, value in splits.items())
+            or "no differential privacy"
+        )
         console.print(f"ε spent at {site} (each patient is in one split only): {spent}", highlight=False)
     if content["study"]["synthetic_data"]:
         console.print("The images were synthetic: drawn, not photographed.")

@@ -1,5 +1,7 @@
 """What a person sees while a federation runs: a live table in a terminal, plain lines elsewhere."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -44,7 +46,7 @@ class Snapshot:
         parts += [f"model v{self.version}", f"submitted {self.submitted}"]
         spent = [site.epsilon_spent for site in self.sites if site.epsilon_spent is not None]
         if spent:
-            parts.append(f"ε spent ≤ {max(spent):.2f}")
+            parts.append(f"ε spent ≤ {math.ceil(max(spent) * 100) / 100:.2f}")
         parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(self.figures.items())]
         return " · ".join(parts)
 
@@ -96,7 +98,13 @@ class View:
         for column in ("site", "role", "now", "ε spent", "ε left"):
             table.add_column(column, justify="right" if column.startswith("ε") else "left")
         for site in snapshot.sites:
-            table.add_row(site.name, site.role, site.phase, _number(site.epsilon_spent), _number(site.epsilon_left))
+            table.add_row(
+                site.name,
+                site.role,
+                site.phase,
+                _number(site.epsilon_spent, math.ceil),
+                _number(site.epsilon_left, math.floor),
+            )
         figures = "   ".join(
             f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(snapshot.figures.items())
         )
@@ -109,5 +117,6 @@ class View:
         return Panel(Group(*rows), title=self._title)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _number(value: float | None, rounded: Callable[[float], int]) -> str:
+    """Spent is rounded up and left is rounded down: no figure flatters."""
+    return "" if value is None else f"{rounded(value * 100) / 100:.2f}"

@@ -9,7 +9,7 @@ from typing import Any
 from services.cli.run import Run
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED
-from services.hospital_node.ledger import parse_export
+from services.hospital_node.ledger import Debit, parse_export, split_epsilon
 
 
 def passport(run: Run) -> dict[str, Any]:
@@ -73,10 +73,13 @@ def passport(run: Run) -> dict[str, Any]:
 
 def site_epsilon(ledger: Path) -> dict[str, float]:
     """ε spent by split, from the exported ledger's events (train, validation, test); empty under `none`."""
-    from services.hospital_node.ledger import Debit, split_epsilon
-
     debits = [Debit(**json.loads(entry.event)) for entry in parse_export(ledger.read_text().splitlines())]
-    return {split: round(value, 4) for split, value in split_epsilon(debits).items()}
+    return {split: round_up(value, 4) for split, value in split_epsilon(debits).items()}
+
+
+def round_up(value: float, digits: int) -> float:
+    """Never below `value`: an ε that is shown is one that the accounting proves."""
+    return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
 
 
 def write_passport(run: Run, folder: Path) -> dict[str, Any]:
@@ -120,7 +123,9 @@ def markdown(content: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for site, splits in privacy["epsilon_by_site_and_split"].items():
-        cells = [f"{splits[s]:.3f}" if s in splits else "none spent" for s in ("train", "validation", "test")]
+        cells = [
+            f"{round_up(splits[s], 3):.3f}" if s in splits else "none spent" for s in ("train", "validation", "test")
+        ]
         lines.append(f"| {site} | {' | '.join(cells)} |")
     lines += [
         "",

@@ -71,9 +71,14 @@ def load_run(folder: Path) -> Run:
 def _rounds(folder: Path) -> Iterator[Round]:
     for path in sorted(folder.glob("*")):
         if (path / "result.signed").exists():
+            # Parsed here for readers; `verify` opens it again under the aggregator's key.
             signed = decode(Signed, (path / "result.signed").read_bytes())
             result = decode(Result, signed.blob)
-            yield Round(int(path.name), path, signed, result, json.loads(result.released))
+            try:
+                released = json.loads(result.released)
+            except ValueError:
+                raise ServiceError(Reason.MALFORMED, f"the result of round {path.name} releases no JSON") from None
+            yield Round(int(path.name), path, signed, result, released)
 
 
 def files_of(evidence: Path) -> list[Path]:

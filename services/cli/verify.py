@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
 
 from services.aggregator.conclude import released_figures
 from services.aggregator.strategy import STRATEGIES, rewrite
@@ -49,6 +53,18 @@ from services.hospital_node.ledger import parse_export, verify_export
 Say = Callable[[str], None]
 
 
+def verify(
+    run: Annotated[Path, typer.Argument(help="folder that `wardround demo --output` made, or collected evidence")],
+) -> None:
+    """Check a run offline: every signature, certificate, receipt, digest, released figure and the models' lineage.
+
+    Example: wardround verify build/demo
+    """
+    console = Console()
+    verify_run(run, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(f"{run}: everything verifies")
+
+
 @dataclass
 class _Chain:
     """Where the lineage stands: the newest result, the model that the next round starts from, all known models."""
@@ -61,8 +77,8 @@ class _Chain:
 
 def verify_run(folder: Path, say: Say = lambda _: None) -> int:
     """Check everything; how many signatures verified. Raises the first fault as ServiceError."""
+    say(f"{check_sums(folder / 'evidence')} files as collected")
     run = load_run(folder)
-    say(f"{check_sums(run.evidence)} files as collected")
     signatures = run.aggregator / "charter.signatures.yaml"
     if signatures.exists():
         signed = load_signatures(signatures.read_bytes(), run.charter)
