@@ -124,6 +124,10 @@ class Ledger:
         """ε of one study (hex digest) at its own δ; 0.0 before its first event and under `none`."""
         return _study_epsilon(d for d in self.debits() if d.study == study)
 
+    def dataset_spent(self) -> float:
+        """The sum of the studies' ε."""
+        return sum(map(self.spent, {debit.study for debit in self.debits()}))
+
     def project(
         self,
         cost: Sequence[Debit],

@@ -88,6 +88,7 @@ class Participation:
         if refusal is not None:
             raise refusal
         study = self._study(state.study, charter)
+        self._figures(study)
         self._follow(study, state)
         if self.store.scrub(study.digest, state.closed_round):
             self._checkpoint("scrubbed")
@@ -146,7 +147,7 @@ class Participation:
         refusal = decide(self._consents.policy(), charter, study, projection, today)
         if refusal is not None:
             raise refusal
-        self._figures(study, projection)
+        self.progress.figures["rounds_left"] = float(projection.rounds_left)
         self._checkpoint("consented")
 
     def _prepare(
@@ -236,6 +237,7 @@ class Participation:
             self.store.pend(connection, pending)
             self._checkpoint("in-transaction")
         self._checkpoint("debited")
+        self._figures(study)
         # P-10: x of earlier rounds is scrubbed as soon as a higher round is submitted.
         self.store.scrub(study.digest, round_number - 1)
         return pending
@@ -341,14 +343,15 @@ class Participation:
         if detail is not None:
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
 
-    def _figures(self, study: LoadedStudy, projection: Projection) -> None:
+    def _figures(self, study: LoadedStudy) -> None:
+        """ε as the ledger has it now: functions of the study and the rounds, not of the data."""
         allowed = self._consents.policy().allowed(study.digest)
         cap = allowed.epsilon if allowed is not None else 0.0
-        self.progress.figures = {
-            "epsilon_spent": projection.study_spent,
-            "epsilon_left": max(0.0, cap - projection.study_spent),
-            "dataset_epsilon_spent": projection.dataset_spent,
-            "rounds_left": float(projection.rounds_left),
+        spent = self.ledger.spent(study.digest.hex())
+        self.progress.figures |= {
+            "epsilon_spent": spent,
+            "epsilon_left": max(0.0, cap - spent),
+            "dataset_epsilon_spent": self.ledger.dataset_spent(),
             "rounds_total": float(total_rounds(study)),
         }
 
