@@ -53,17 +53,18 @@ class Latest:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Let the waiter look around."""
+        """Let the waiter look around, also one that only begins to wait after this."""
         with self._changed:
+            self._version += 1
             self._changed.notify_all()
 
     def get(self) -> tuple[int, RoundState | None]:
-        """(version, claim); the version grows with every claim."""
+        """(version, claim); the version grows with every claim and every `wake`."""
         with self._changed:
             return self._version, self._state
 
     def wait(self, seen: int, seconds: float) -> None:
-        """Return when there is a claim newer than version `seen`, on `wake`, or after `seconds`."""
+        """Return when the version is no more `seen`, or after `seconds`."""
         with self._changed:
             if self._version == seen:
                 self._changed.wait(seconds)
