@@ -50,8 +50,16 @@ def clipped_sum(
         labels = labels[:, None].expand(images.shape[:2])
     refused = 0
     kept = {name: parameters[name].grad for name in names}
+    # Opacus hooks are silent in a layer that is in evaluation mode; layers without parameters keep their mode.
+    asleep = [
+        layer
+        for layer in module.modules()
+        if not layer.training and any(own.requires_grad for own in layer.parameters(recurse=False))
+    ]
     wrapped = _wrap(module)
     try:
+        for layer in asleep:
+            layer.training = True
         for start in range(0, len(images), micro_batch):
             rows, present = _fill(images[start : start + micro_batch], micro_batch)
             truth, _ = _fill(labels[start : start + micro_batch], micro_batch)
@@ -63,6 +71,8 @@ def clipped_sum(
                 _add(total[first:last], gradient, factors, finite)
     finally:
         wrapped.to_standard_module()
+        for layer in asleep:
+            layer.training = False
         for name in names:
             parameters[name].grad = kept[name]
     if count_non_finite is not None:
@@ -127,7 +137,7 @@ def _patient_gradients(
                 Reason.INVALID_DOCUMENT,
                 f"parameter {name} has no per-patient gradient, for the loss does not reach it: choose another model",
             )
-        found.append(sample.reshape(patients, count, -1).mean(dim=1))
+        found.append(sample.reshape(patients, -1) if count == 1 else sample.reshape(patients, count, -1).mean(dim=1))
     wrapped.zero_grad(set_to_none=True)
     return found
 

@@ -20,8 +20,8 @@ NUMERICS_DELTA = 1e-15  # privacy.md §4: what the noise's tables may cost
 FFT_DELTA = 1e-13
 FINE = 1e-4  # discretisation of the privacy loss for what is claimed
 COARSE = 1e-3  # for searches and curves: as pessimistic, ε higher by less than 1e-4 relative
-_LARGEST_LOSS = 64.0  # beyond it the grid widens in powers of two, so that no σ needs more than about 10^6 points
-_LARGEST_TOTAL = 1024.0  # the same for the composed loss, at which no ε means anything
+_LARGEST_LOSS = 16.0  # beyond it the grid widens in powers of two, so that no σ needs more than 10^6 points
+_LARGEST_TOTAL = 128.0  # the same for the composed loss, at which no ε means anything
 _SIGMA_STEPS = 10_000  # calibration grid: 1e-4
 _LARGEST_SIGMA = 10_000
 
@@ -77,14 +77,10 @@ def epsilon_gaussian_closed_form(events: Iterable[Event], delta: float) -> float
 
     δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ) (Balle and Wang 2018). Raises ServiceError(OUT_OF_BOUND) if some q < 1.
     """
-    merged, left = _merged(events), delta - NUMERICS_DELTA
-    if any(event.sampling_rate < 1 for event in merged):
+    merged = _merged(events)
+    if not _whole(merged):
         raise ServiceError(Reason.OUT_OF_BOUND, "the closed form is for sampling rate 1 only: ask `epsilon`")
-    if not merged:
-        return 0.0
-    if left <= 0 or not _noised(merged):
-        return math.inf
-    return _closed_form(1 / merged[0].noise_multiplier, left) if merged[0].noise_multiplier < math.inf else 0.0
+    return _one_gaussian(merged, delta)
 
 
 def solo_event(event: Event, minimum_cohort: int, colluding: int) -> Event:
@@ -144,7 +140,7 @@ def _epsilon(merged: tuple[Event, ...], delta: float, interval: float) -> float:
     if not _noised(merged):
         return math.inf
     if _whole(merged):
-        return epsilon_gaussian_closed_form(merged, delta)
+        return _one_gaussian(merged, delta)
     grid = interval * _widening(merged)
     total, steps = None, 0
     for event in merged:
@@ -212,6 +208,14 @@ def _composed(sampling_rate: float, noise_multiplier: float, steps: int, grid: f
 def _spend(total: Any, delta: float, steps: int) -> float:
     left = delta - NUMERICS_DELTA - FFT_DELTA * steps
     return float(total.get_epsilon_for_delta(left)) if left > 0 else math.inf
+
+
+def _one_gaussian(merged: Sequence[Event], delta: float) -> float:
+    """The closed form of what `_merged` made of events that all have q = 1: at most one event."""
+    left = delta - NUMERICS_DELTA
+    if not merged or merged[0].noise_multiplier == math.inf:
+        return 0.0
+    return _closed_form(1 / merged[0].noise_multiplier, left) if left > 0 and _noised(merged) else math.inf
 
 
 @lru_cache(maxsize=1024)

@@ -114,7 +114,7 @@ class DiscreteGaussian:
 
 def _cube_root(value: int) -> int:
     """⌊∛value⌋ for value < 2**48."""
-    root = int(round(value ** (1 / 3)))
+    root = round(math.cbrt(value))
     return root - int(root * root * root > value)
 
 
