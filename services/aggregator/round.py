@@ -313,7 +313,11 @@ def _locking(state: State, rules: Rules, tick: Tick) -> tuple[f.Fact, ...]:
 def _releasing(state: State, rules: Rules, tick: Tick) -> tuple[f.Fact, ...]:
     if tick.at >= state.expires:
         return (f.Stalled(tick.at, "the sums of all pieces were not had before the attempt expired"),)
-    found = compare(state.claims, state.asked, state.pods, roster=rules.roster, verify=rules.verify, able=tick.able)
+    found = compare(
+        state.claims, state.asked, state.pods, roster=rules.roster, verify=rules.verify, able=tick.able, lost=tick.lost
+    )
+    if found.doomed:
+        return (f.Stalled(tick.at, "too many holders of a piece lost their keys of this attempt"),)
     if found.release or found.digest:
         return (f.Assigned(tick.at, found.release, found.digest),)
     if found.settled is not None:

@@ -50,6 +50,7 @@ class Comparison:
     named: tuple[str, ...] = ()
     disputed: tuple[str, ...] = ()
     how: str = ""
+    doomed: bool = False  # too few holders of a piece are left for this attempt
 
 
 def compare(
@@ -60,6 +61,7 @@ def compare(
     roster: Roster,
     verify: str,
     able: frozenset[str],
+    lost: frozenset[str],
 ) -> Comparison:
     """P-23 over all pieces. `pods` are those of the manifest, `asked` (pod, piece) pairs, True = for the sum itself.
 
@@ -81,6 +83,9 @@ def compare(
     for piece in range(len(committee.pieces)):
         holders = [roster.pods[index].id for index in committee.holders(piece) if roster.pods[index].id in pods]
         said = claims.get(piece, {})
+        left = [pod for pod in holders if pod not in lost or pod in said]
+        if len(left) < min(wanted, 2) or not any(pod not in lost or said[pod][1] for pod in left):
+            return Comparison(doomed=True)
         answering = [pod for pod in holders if pod in able]
         open_sums = [pod for pod in answering if asked.get((pod, piece)) and not said.get(pod, (b"", False))[1]]
         open_digests = [pod for pod in answering if asked.get((pod, piece)) is False and pod not in said]
