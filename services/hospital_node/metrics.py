@@ -31,7 +31,6 @@ _EPSILON = Gauge(
 )
 _ROUNDS_LEFT = Gauge("wardround_privacy_rounds_left", "Training rounds that the ε caps still allow")
 _REFUSALS = Counter("wardround_refusals_total", "Rounds or attempts that this hospital refused", ["reason"])
-_SUBMITTED = Counter("wardround_receipts_total", "Verified receipts")
 _HALTED = Gauge("wardround_study_halted", "1 when an alarm stopped the open study here")
 _CONNECTED = Gauge("wardround_connected", "1 while the aggregator's state is being watched")
 _LEDGER = Gauge("wardround_ledger_events", "Debits in the ledger")
@@ -59,11 +58,6 @@ def refused(reason: Reason) -> None:
     """Count a refusal, unless it would tell something about the data."""
     if reason not in DATA_REASONS:
         _REFUSALS.labels(reason.value).inc()
-
-
-def received() -> None:
-    """Count a verified receipt."""
-    _SUBMITTED.inc()
 
 
 def halted(is_halted: bool) -> None:
