@@ -51,7 +51,7 @@ def test_sum_minus_masks_is_the_integer_sum(tmp_path: Path, bits: int, parameter
     for index, of_one in enumerate(values):
         y = bytes(encode_vector(table, of_one))
         for mask in masks:
-            y = oracle.add([y, mask], bits, table.total_lanes)
+            y = oracle.add([y, mask], bits, table.total_bytes)
         path = tmp_path / f"y{index}"
         path.write_bytes(y + b"an opening behind it")
         paths.append(path)
@@ -59,7 +59,7 @@ def test_sum_minus_masks_is_the_integer_sum(tmp_path: Path, bits: int, parameter
     for index, mask in enumerate(masks):
         whole = bytes(table.total_bytes)
         for _ in range(count):
-            whole = oracle.add([whole, mask], bits, table.total_lanes)
+            whole = oracle.add([whole, mask], bits, table.total_bytes)
         path = tmp_path / f"p{index}"
         path.write_bytes(whole)
         pieces.append(path)
@@ -146,19 +146,23 @@ def header(entries: object) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def tensor(kind: str, count: int, start: int, stop: int) -> dict[str, object]:
+    return {"dtype": kind, "shape": [count], "data_offsets": [start, stop]}
+
+
 @pytest.mark.parametrize(
     "data",
     [
         b"",
         b"\xff" * 20,
         header([1]) + bytes(4),
-        header({"w": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}) + bytes(4),
-        header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}) + bytes(8),
-        header({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}) + bytes(8),
-        header({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(8),
-        header({"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}}) + bytes(4),
+        header({"w": tensor("F16", 2, 0, 4)}) + bytes(4),
+        header({"w": tensor("F32", 1, 4, 8)}) + bytes(8),
+        header({"w": tensor("F32", 1, 0, 4)}) + bytes(8),
+        header({"w": tensor("F32", 2, 0, 8)}) + bytes(8),
+        header({"b": tensor("F32", 1, 0, 4), "a": tensor("F32", 0, 4, 4)}) + bytes(4),
     ],
-)  # fmt: skip
+)
 def test_other_model_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m").write_bytes(data)
     with pytest.raises(ServiceError) as caught:
