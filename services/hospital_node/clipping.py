@@ -7,6 +7,7 @@ float32 results move in the last bits with a batch's shape, so every forward pas
 `noise.sensitivity_rint` covers the rest).
 """
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from services.common.errors import Reason, ServiceError
+
+# Opacus asks for gradients of outputs only, which is what it needs: torch's warning is for those who want inputs'.
+warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
 
 _CHUNK = 1 << 22  # float64 numbers converted at once: 32 MiB
 

@@ -59,6 +59,8 @@ def run(config: PodConfig, stop: threading.Event) -> None:
     demo = all(charter.document.demo for charter in charters)
     if not harden(demo):
         _log.warning("memory is not locked; this machine has no swap, or the charter is a demo")
+    if demo:
+        _log.warning("DEMO charter: the store, swap and organisation rules are lifted")
     store = CustodyStore(state, demo)
     try:
         pod = Pod(config.id, _identity(config), store, _rosters(charters), SystemClock())
@@ -68,11 +70,10 @@ def run(config: PodConfig, stop: threading.Event) -> None:
         caller = Caller(lambda pair: dial(config.aggregator, name, pair, root, config.proxy), leaf)
         client, administration = Client(pod, caller, stop), Administration(pod)
         health = Health(["store", "certificate"])
-        health.set("store", True, f"{len(pod.state.records)} studies; demo charter: {demo}")
         servicers = [(add_AdministrationServiceServicer_to_server, administration)]
         admin = serve_admin(servicers, Path(config.admin_socket), max_workers=4)
         http = serve_http(config.http, health, state / "http.address")
-        worker = threading.Thread(target=client.run, name="client")
+        worker = threading.Thread(target=client.run, name="client", daemon=True)
         worker.start()
         health.start()
         while not stop.wait(_TICK_SECONDS) and worker.is_alive():
@@ -91,7 +92,11 @@ def run(config: PodConfig, stop: threading.Event) -> None:
 
 def _tick(pod: Pod, pinned: PinnedCharters, client: Client, health: Health, config: PodConfig) -> None:
     """Keys expire, charters and the leaf are read again."""
-    pod.expire()
+    try:
+        pod.expire()
+        health.set("store", True, f"{len(pod.state.records)} studies")
+    except ServiceError as error:
+        health.set("store", False, error.detail)
     begin, end = process.certificate_validity(Path(config.tls.certificate))
     health.set("certificate", begin <= pod.clock.now_ms() / 1000 <= end, "the TLS leaf's validity")
     try:

@@ -24,19 +24,7 @@ from wardround.keyshare.v1.keyshare_pb2_grpc import KeyShareServiceStub
 _log = logging.getLogger(__name__)
 _ANSWER_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
 _ALARMS = (Reason.CONFLICT, Reason.ROLLED_BACK)
-
-
-_RPCS: dict[str, tuple[str, Any]] = {  # order → the answer's RPC and request
-    "propose": ("Commit", wire.CommitRequest),
-    "endorse": ("Endorse", wire.EndorseRequest),
-    "offer": ("Accept", wire.AcceptRequest),
-    "lock": ("Lock", wire.LockRequest),
-    "release": ("Release", wire.ReleaseRequest),
-    "digest": ("Digest", wire.DigestRequest),
-    "abandon": ("Abandon", wire.AbandonRequest),
-    "close": ("Close", wire.CloseRequest),
-    "high_water": ("HighWater", wire.HighWaterRequest),
-}
+_RPCS = {"propose": "Commit", "offer": "Accept", "high_water": "HighWater"}  # the others are called like their order
 
 
 class Client:
@@ -86,27 +74,23 @@ class Client:
         if name is None:
             _log.warning("an order of a newer version is left unanswered: upgrade this pod")
             return
-        rpc, request = _RPCS[name]
+        rpc = _RPCS.get(name, name.capitalize())
         try:
             if name == "release":
-                messages = self._released(order.command, order.release)
-                self._caller.upload(lambda c: KeyShareServiceStub(c).Release, messages, seconds=_STREAM_SECONDS)
+                parts = self._released(order.command, order.release)
+                self._caller.upload(lambda c: KeyShareServiceStub(c).Release, parts, seconds=_STREAM_SECONDS)
             else:
-                fields = self._fields(name, getattr(order, name))
-                answer = request(command=order.command, **fields)
+                try:
+                    fields = self._work(name, getattr(order, name))
+                    metrics.ANSWERS.labels(name, "done").inc()
+                except Exception as error:
+                    fields = {"refusal": _refusal(name, error)}
+                answer = getattr(wire, f"{rpc}Request")(command=order.command, **fields)
                 self._caller.unary(lambda c: getattr(KeyShareServiceStub(c), rpc), answer, seconds=_ANSWER_SECONDS)
         except ServiceError as error:
             _log.warning("the answer to %s did not arrive: %s", name, error.detail)
         metrics.LIVE.set(self._pod.live)
         metrics.HELD.set(len(self._pod.state.held))
-
-    def _fields(self, name: str, order: Any) -> dict[str, Any]:
-        try:
-            fields = self._work(name, order)
-        except Exception as error:
-            return {"refusal": _refusal(name, error)}
-        metrics.ANSWERS.labels(name, "done").inc()
-        return fields
 
     def _work(self, name: str, order: Any) -> dict[str, Any]:
         pod = self._pod

@@ -55,7 +55,7 @@ class PinnedCharters:
         self._found: tuple[LoadedCharter, ...] = ()
 
     def read(self) -> tuple[LoadedCharter, ...]:
-        """The current charter, then the next if it is pinned and there; this pod is in each. Raises INVALID_DOCUMENT."""
+        """The current charter, then the pinned next one; this pod is in each. INVALID_DOCUMENT, UNKNOWN_MEMBER."""
         config = self._config
         blobs = [read(Path(path)) for path in (config.pins, *config.charters)]
         if blobs != self._blobs:

@@ -218,7 +218,10 @@ class Pod:
     def expire(self) -> None:
         """Drop the keys whose time is over, though nobody asks for anything."""
         with self._lock:
-            self._append(custody.decide(self.state, facts.Expire(self.clock.now_ms())))
+            events = custody.decide(self.state, facts.Expire(self.clock.now_ms()))
+            for ref in [event.ref for event in events if isinstance(event, facts.Expired)]:
+                self._secrets.pop(ref, None)  # first: a full disk must not lengthen a key's life
+            self._append(events)
 
     def _do(self, command: facts.Command) -> list[facts.Event]:
         with self._lock:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.common.errors import Reason
+from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
 from services.common.secagg.certificate import check_endorsed, open_round_signed
 from services.common.secagg.digests import chunk_digest, vector_digest
@@ -112,6 +112,24 @@ def test_keys_expire_by_the_pods_own_clock(world: PodWorld) -> None:
         world.pods[0].lock(found.manifest, found.cohort().blob)
     assert world.abandon(0, found)
     assert phase_of(world.pods[0].state, found.ref) is Phase.ABANDONED
+
+
+def test_keys_expire_on_a_full_disk_too(world: PodWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P-22: what cannot be written does not keep the keys; what cannot be written is not signed either (P-4)."""
+    found = world.attempt()
+    world.offer_all(found)
+
+    def full(events: object) -> None:
+        raise ServiceError(Reason.STORAGE, "full")
+
+    monkeypatch.setattr(world.stores[0], "append", full)
+    with refuses(Reason.STORAGE):
+        world.pods[0].lock(found.manifest, found.cohort().blob)
+    assert phase_of(world.pods[0].state, found.ref) is Phase.ENDORSED
+    world.clock.now = NOW + 3_600_000
+    with refuses(Reason.STORAGE):
+        world.pods[0].expire()
+    assert not world.pods[0]._secrets
 
 
 def test_keys_that_expire_stop_a_release(world: PodWorld) -> None:
