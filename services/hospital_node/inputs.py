@@ -20,6 +20,11 @@ from services.common.store.durable import storing
 from services.hospital_node.backbones import BACKBONES, load_backbone
 from services.hospital_node.dataset import Dataset
 
+# Mean and spread of skin photographs as the dermoscopy literature prints them: public constants. Taking them from
+# the site's own images would cost privacy (privacy.md §5).
+_MEAN = (0.763, 0.546, 0.570)
+_SPREAD = (0.15, 0.15, 0.16)
+
 TURNS = 8  # rotations by quarter turns, each also mirrored
 
 _EXTRACT_BATCH = 32
@@ -43,11 +48,12 @@ class PixelInputs:
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
         self._dataset = dataset
         self._device = device
+        self._mean, self._spread = (255 * torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (_MEAN, _SPREAD))
 
     def batch(self, images: NDArray[np.int64], turns: NDArray[np.int64] | None = None) -> Tensor:
         """(n, 3, size, size) float32 on the device."""
         pixels = torch.from_numpy(self._dataset.pixels(images)).to(self._device)
-        values = (pixels.permute(0, 3, 1, 2).float() - 127.5) / 64
+        values = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._spread
         if turns is None:
             return values.contiguous()
         out = torch.empty_like(values)
