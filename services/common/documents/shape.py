@@ -272,8 +272,8 @@ def _check_claim(study: Study) -> None:
         raise refuse(
             study.name,
             f"privacy.epsilon claims {claimed:g}, but its parameters give {true} for a patient of the {split} split at "
-            f"δ = {study.privacy.delta:g}, {spare_rounds(study.rounds)} spare rounds included: claim that, or raise the "
-            "noise",
+            f"δ = {study.privacy.delta:g}, {spare_rounds(study.rounds)} spare rounds included: claim that, or raise "
+            "the noise",
         )
 
 
