@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from services.common.rpc.members import Members
 from services.common.store.blobs import BlobStore
 
 _log = logging.getLogger(__name__)
+_LOOK_SECONDS = 1.0
 
 
 class Charters:
@@ -23,6 +25,7 @@ class Charters:
         self._blobs = blobs
         self._lock = threading.Lock()
         self._known: dict[bytes, LoadedCharter] = {}
+        self._fresh_until = 0.0
         self._stamp = self._stamps()
         self._pinned = self._load()
         self._members = self._roots()
@@ -36,7 +39,9 @@ class Charters:
     def members(self) -> Members:
         """Members and TLS roots of both pinned charters; looks at the files first."""
         with self._lock:
-            stamp = self._stamps()
+            if time.monotonic() < self._fresh_until:  # asked at every call of every member
+                return self._members
+            stamp, self._fresh_until = self._stamps(), time.monotonic() + _LOOK_SECONDS
             if stamp != self._stamp:
                 try:
                     self._pinned = self._load()

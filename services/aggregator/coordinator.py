@@ -24,6 +24,7 @@ from services.common.errors import Reason, ServiceError
 _log = logging.getLogger(__name__)
 _SOFT_MS = 50  # soft facts reach the disk within this even when nothing hard follows
 _FAULT_SECONDS = 1.0
+_TELL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -118,25 +119,26 @@ class Coordinator:
             self._poked = True
             self._condition.notify()
 
-    def tell(self, fact: f.Fact | Answer, seconds: float = 60) -> None:
-        """Hand in a fact and wait until it stands or is refused with the reason of `round.decide`."""
-        future: Future[None] = Future()
+    def tell(self, *facts: f.Fact | Answer) -> None:
+        """Hand in facts and wait until all stand. Raises the refusal of the first that does not (`round.decide`)."""
+        futures: list[Future[None]] = [Future() for _ in facts]
         with self._condition:
             if self._stopping:
                 raise ServiceError(Reason.UNREACHABLE, "the aggregator is stopping: try again in a moment")
-            self._queue.append((fact, future))
+            self._queue.extend(zip(facts, futures, strict=True))
             self._condition.notify()
-        try:
-            future.result(seconds)
-        except TimeoutError:
-            raise ServiceError(Reason.UNREACHABLE, "the aggregator is busy: try again") from None
+        for future in futures:
+            try:
+                future.result(_TELL_SECONDS)
+            except TimeoutError:
+                raise ServiceError(Reason.UNREACHABLE, "the aggregator is busy: try again") from None
 
-    def holds(self, manifest: bytes, pod: str, piece: int) -> None:
-        """This pod's sum of this piece lies on our disk."""
+    def holds(self, manifest: bytes, pod: str, pieces: list[int]) -> None:
+        """This pod's sums of these pieces lie on our disk."""
         with self._condition:
             if self._held_of != manifest:
                 self._held, self._held_of = set(), manifest
-            self._held.add((pod, piece))
+            self._held.update((pod, piece) for piece in pieces)
             self._poked = True
             self._condition.notify()
 

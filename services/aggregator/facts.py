@@ -278,8 +278,10 @@ SOFT: tuple[type[Any], ...] = (
     Offering,
     Listed,
     Locked,
+    Certified,
     Assigned,
     Claimed,
+    Verified,
     AbandonSigned,
 )
 

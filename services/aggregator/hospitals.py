@@ -63,6 +63,7 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         self._coordinator = coordinator
         self._store = store
         self._runs = runs
+        self._shown: tuple[Snapshot, round_pb2.WatchRoundsResponse] | None = None
 
     def WatchRounds(  # noqa: N802, D102  # gRPC's names
         self, request: round_pb2.WatchRoundsRequest, context: grpc.ServicerContext
@@ -73,7 +74,9 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         last: list[bytes] = []
 
         def told(snapshot: Snapshot) -> None:
-            shown = view(snapshot, self._store)
+            if self._shown is None or self._shown[0] is not snapshot:  # one for all watchers
+                self._shown = snapshot, view(snapshot, self._store)
+            shown = self._shown[1]
             text = shown.SerializeToString()
             if last != [text]:
                 last[:] = [text]

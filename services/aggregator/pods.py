@@ -135,8 +135,8 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
             return keyshare_pb2.DigestResponse()
         with self._holding(pod, command):
             snapshot = self._current(key)
-            for wire in request.piece_sums[:64]:
-                self._claim(snapshot, pod, from_wire(wire), released=False)
+            claims = [self._claim(snapshot, pod, from_wire(wire), released=False) for wire in request.piece_sums[:64]]
+            self._tell_claims(snapshot, claims)
         return keyshare_pb2.DigestResponse()
 
     def Release(  # noqa: N802, D102
@@ -252,17 +252,18 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
             raise ServiceError(Reason.WRONG_CORE, f"{pod} answered with a mark for another nonce or pod")
         self._committee.took_mark(mark.asking, pod, mark.nonce, signed)
 
-    def _claim(self, snapshot: Snapshot, pod: str, signed: Signed, released: bool) -> PieceSum:
+    def _claim(self, snapshot: Snapshot, pod: str, signed: Signed, released: bool) -> f.Claimed:
         found: PieceSum = _open(PieceSum, "release", signed, snapshot, pod)
         _check_range(found, snapshot)
-        fact = f.Claimed(self._coordinator.now(), pod, found.piece, found.vector, signed, released)
+        return f.Claimed(self._coordinator.now(), pod, found.piece, found.vector, signed, released)
+
+    def _tell_claims(self, snapshot: Snapshot, claims: list[f.Claimed]) -> None:
         try:
-            self._coordinator.tell(Answer(snapshot.state.M, fact))
+            self._coordinator.tell(*(Answer(snapshot.state.M, claim) for claim in claims))
         except ServiceError as error:
             if error.reason is Reason.CONFLICT:
                 metrics.POD_FAULTS.labels("two_digests").inc()
             raise
-        return found
 
     def _after(
         self, first: keyshare_pb2.ReleaseRequest, rest: Iterator[keyshare_pb2.ReleaseRequest]
@@ -277,6 +278,7 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
     ) -> None:
         state, total = snapshot.state, snapshot.run.total_bytes
         pending: tuple[int, PieceFile] | None = None
+        claims: list[f.Claimed] = []
         try:
             for part in parts:
                 kind = part.WhichOneof("answer")
@@ -294,17 +296,14 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
                         )
                     pending[1].append(part.chunk.index, part.chunk.data)
                 elif kind == "piece_sum" and pending is not None:
-                    signed = from_wire(part.piece_sum)
-                    said = _open(PieceSum, "release", signed, snapshot, pod)
-                    _check_range(said, snapshot)
+                    said = self._claim(snapshot, pod, from_wire(part.piece_sum), released=True)
                     if said.piece != pending[0]:
                         raise ServiceError(
                             Reason.MALFORMED, f"piece {said.piece} signed after the chunks of {pending[0]}"
                         )
                     pending[1].finish(said.vector)
                     pending = None
-                    self._claim(snapshot, pod, signed, released=True)
-                    self._coordinator.holds(state.M, pod, said.piece)
+                    claims.append(said)
                 else:
                     raise ServiceError(Reason.MALFORMED, "a release is chunks, then the piece's signed digest")
         except FileNotFoundError:
@@ -312,6 +311,8 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         finally:
             if pending is not None:
                 pending[1].close()
+        self._coordinator.holds(state.M, pod, [claim.piece for claim in claims])
+        self._tell_claims(snapshot, claims)
 
 
 class _Holding:

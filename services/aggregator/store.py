@@ -53,4 +53,5 @@ class Store:
 
     def close(self) -> None:
         """Give the folder back."""
+        self.vectors.close()
         self._database.close()

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +119,9 @@ class Vectors:
         self._folder = folder
         with storing(f"the folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for stale in (*folder.glob("*/sum-*"),):
+        for stale in folder.glob("*/sum-*"):
             stale.unlink()
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="scrub")
 
     def submission(self, round_number: int, attempt: int, header: bytes) -> Path:
         """Where the submission with this header digest lies."""
@@ -130,10 +132,17 @@ class Vectors:
         return self._attempt(round_number, attempt) / f"sum-{pod}-{piece:02d}"
 
     def scrub(self, keep: tuple[int, int] | None) -> None:
-        """Remove every attempt's files but those of `keep` = (round, attempt)."""
+        """Remove every attempt's files but those of `keep` = (round, attempt), in the background.
+
+        What is over is listed now, and no later attempt has its name. A crash leaves it to the scrub at start.
+        """
         for folder in self._folder.iterdir():
             if keep is None or folder.name != _name(*keep):
-                shutil.rmtree(folder, ignore_errors=True)
+                self._sweeper.submit(shutil.rmtree, folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Finish scrubbing."""
+        self._sweeper.shutdown(wait=True)
 
     def _attempt(self, round_number: int, attempt: int) -> Path:
         folder = self._folder / _name(round_number, attempt)
