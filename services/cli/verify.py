@@ -112,8 +112,8 @@ def _check_round(run: Run, one: Round, chain: _Chain) -> None:
             _check_given_up(run, one, attempt, chain)
     _need(result.attempt in attempts, f"the manifest of attempt {result.attempt} is missing")
     checked = check_manifest((one.folder / f"manifest-{result.attempt}.blob").read_bytes(), charter.roster)
-    _need((result.manifest, result.round, result.charter, result.study)
-          == (checked.M, one.number, charter.digest, run.study.digest), "the result names another manifest")  # fmt: skip
+    named = (result.manifest, result.round, result.charter, result.study)
+    _need(named == (checked.M, one.number, charter.digest, run.study.digest), "the result names another manifest")
     start = checked.core.model
     _need(start in chain.models, "the model that it starts from is not among the models")
     _need(result.round == checked.core.round and start == chain.model, "it does not start from the newest model")
