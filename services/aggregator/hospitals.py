@@ -32,8 +32,8 @@ _PHASES = {
 """Every other phase is CLOSING: too late to submit."""
 
 
-def view(snapshot: Snapshot, store: Store) -> round_pb2.WatchRoundsResponse:
-    """The state as hospitals see it."""
+def view(snapshot: Snapshot, model_bytes: Callable[[bytes], int]) -> round_pb2.WatchRoundsResponse:
+    """The state as hospitals see it; `model_bytes` gives the size of a model file."""
     run, state = snapshot.run, snapshot.state
     phase = _PHASES.get(state.phase, round_pb2.ROUND_PHASE_CLOSING)
     model = state.model or bytes.fromhex(run.study.document.model.initial)
@@ -44,7 +44,7 @@ def view(snapshot: Snapshot, store: Store) -> round_pb2.WatchRoundsResponse:
         round=state.round,
         attempt=state.attempt,
         model=model,
-        model_bytes=store.blobs.path(model).stat().st_size,
+        model_bytes=model_bytes(model),
         previous_result=state.previous_result or ZERO_DIGEST,
         closed_round=snapshot.closed_round,
     )
@@ -63,6 +63,7 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         self._coordinator = coordinator
         self._store = store
         self._runs = runs
+        self._sizes: dict[bytes, int] = {}
         self._shown: tuple[Snapshot, round_pb2.WatchRoundsResponse] | None = None
 
     def WatchRounds(  # noqa: N802, D102  # gRPC's names
@@ -75,7 +76,7 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
 
         def told(snapshot: Snapshot) -> None:
             if self._shown is None or self._shown[0] is not snapshot:  # one for all watchers
-                self._shown = snapshot, view(snapshot, self._store)
+                self._shown = snapshot, view(snapshot, self._size)
             shown = self._shown[1]
             text = shown.SerializeToString()
             if last != [text]:
@@ -89,6 +90,11 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         finally:
             coordinator.enrolment.leave(feed)
             coordinator.unwatch(feed)
+
+    def _size(self, model: bytes) -> int:
+        if model not in self._sizes:
+            self._sizes = {model: self._store.blobs.path(model).stat().st_size}
+        return self._sizes[model]
 
     def GetStudy(  # noqa: N802, D102
         self, request: round_pb2.GetStudyRequest, context: grpc.ServicerContext
