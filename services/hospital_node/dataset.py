@@ -176,7 +176,7 @@ def _read_rows(folder: Path, classes: list[str]) -> tuple[list[_Row], str]:
                 if None in cells or None in cells.values():
                     raise _invalid(f"{at}: it has not {len(columns)} cells as the first line says: mend the row")
                 path = _image_path(folder, cells["path"], at)
-                for what, value in (("image_id", cells["image_id"]), ("path", str(path))):
+                for what, value in (("image_id", cells["image_id"]), ("path", str(path.resolve()))):
                     first = seen.setdefault((what, value), reader.line_num)
                     if first != reader.line_num:
                         raise _invalid(f"{at}: {what} {value!r} stands in line {first} already: remove one of them")

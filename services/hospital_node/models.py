@@ -25,6 +25,7 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
 _WIDTHS = (16, 32, 32)  # channels of small-cnn
 _MIDDLE, _RIM = 0.25, 0.42  # radii, in sides of the image
+_SMALLEST = 12  # below it the last map has no pixel that is neither middle nor rim
 _MAX_HEADER = 2**20
 _schemas: list[Any] = []  # keeps torch.library objects alive: the schemas vanish with them
 
@@ -67,6 +68,8 @@ def _middle_minus_rim(maps: Tensor) -> Tensor:
 
 
 def _small_cnn(model: ModelSection) -> nn.Module:
+    if model.image_size < _SMALLEST:
+        raise _bad_study(f"small-cnn needs model.image_size of at least {_SMALLEST}, not {model.image_size}: raise it")
     return SmallCnn(len(model.classes), model.image_size)
 
 

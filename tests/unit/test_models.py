@@ -1,0 +1,229 @@
+"""The registry, the flat vector and the model file."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from services.common.documents.study import BackboneSection, ModelSection
+from services.common.errors import Reason, ServiceError
+from services.hospital_node import backbones
+from services.hospital_node.backbones import EfficientNetLite0, load_backbone
+from services.hospital_node.clipping import clipped_sum
+from services.hospital_node.models import (
+    build,
+    initial_vector,
+    layout,
+    load_vector,
+    read_model_file,
+    size,
+    trainable_vector,
+    write_model_file,
+)
+
+CLASSES = ("a", "b", "c")
+
+
+def section(architecture: str, image_size: int = 28, **more: Any) -> ModelSection:
+    return ModelSection(
+        architecture=architecture, image_size=image_size, classes=CLASSES, parameters=1, initial="", **more
+    )
+
+
+LINEAR = section("linear-head", 64, backbone=BackboneSection(name="efficientnet-lite0", sha256="0" * 64))
+
+
+@pytest.mark.parametrize("image_size", [12, 28, 64])
+def test_small_cnn_is_small_and_takes_every_size(image_size: int) -> None:
+    model = section("small-cnn", image_size)
+    module = build(model)
+    assert 10_000 <= trainable_vector(module).size <= 60_000
+    scores = module(torch.zeros(2, 3, image_size, image_size))
+    assert scores.shape == (2, 3)
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("model", [section("small-cnn"), section("resnet18-gn", 32)])
+def test_no_module_looks_across_patients(model: ModelSection) -> None:
+    """privacy.md §5: no BatchNorm, and one image's scores do not depend on its neighbours, not even in train mode."""
+    module = build(model).train()
+    load_vector(module, initial_vector(model, 3) + 0.01)
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, model.image_size, model.image_size, generator=generator)
+    with torch.no_grad():
+        together, alone = module(images), module(images[:1])
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_resnet_survives_gradient_hooks() -> None:
+    """The residual add is out of place (pytorch#61519); the clipped sum of one patient has at most norm C."""
+    model = section("resnet18-gn", 32)
+    module = build(model)
+    load_vector(module, initial_vector(model, 1))
+    images = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    total = clipped_sum(module, images, torch.tensor([0, 1]), 0.5, 2)
+    assert total.shape == (size(layout(module)),)
+    assert 0 < np.linalg.norm(total) <= 1.0
+
+
+def test_linear_head_trains_the_head_alone() -> None:
+    assert layout(build(LINEAR)) == (("bias", (3,)), ("weight", (3, 1280)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        section("vit"),
+        section("small-cnn", 8),
+        section("linear-head"),
+        section("linear-head", backbone=BackboneSection(name="magic", sha256="0" * 64)),
+        section("small-cnn", backbone=BackboneSection(name="efficientnet-lite0", sha256="0" * 64)),
+    ],
+)
+def test_what_is_not_in_the_registry_is_refused(model: ModelSection) -> None:
+    with pytest.raises(ServiceError) as refused:
+        build(model)
+    assert refused.value.reason is Reason.INVALID_DOCUMENT
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = initial_vector(section("small-cnn"), 5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert np.array_equal(first, initial_vector(section("small-cnn"), 5))
+    assert not np.array_equal(first, initial_vector(section("small-cnn"), 6))
+
+
+def test_vector_goes_in_and_comes_out() -> None:
+    module = build(section("small-cnn"))
+    vector = np.arange(size(layout(module)), dtype=np.float32)
+    load_vector(module, vector.astype(np.float64))
+    assert np.array_equal(trainable_vector(module), vector)
+    names = [name for name, _ in layout(module)]
+    assert names == sorted(names)
+    with pytest.raises(ServiceError, match="this architecture"):
+        load_vector(module, vector[1:])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), min_size=1, max_size=5))
+def test_model_file_is_what_the_safetensors_library_reads(shapes: list[tuple[int, ...]]) -> None:
+    import tempfile
+
+    named = tuple((f"layer.{i}", shape) for i, shape in enumerate(shapes))
+    vector = np.random.default_rng(1).normal(size=size(named)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "v0.safetensors"
+        digest = write_model_file(path, named, vector)
+        blob = path.read_bytes()
+        assert digest == hashlib.sha256(blob).digest()
+        assert np.array_equal(read_model_file(path, named), vector)
+        read = safetensors.numpy.load(blob)
+    assert [(name, read[name].shape) for name in sorted(read)] == list(named)
+    assert np.array_equal(np.concatenate([read[name].ravel() for name, _ in named]), vector)
+    start = 8 + int.from_bytes(blob[:8], "little")
+    assert blob[start:] == vector.tobytes()  # the seam: the data section IS the flat vector
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "other", "empty"])
+def test_a_model_file_that_differs_is_refused(tmp_path: Path, damage: str) -> None:
+    named = (("a", (2, 3)), ("b", (2,)))
+    path = tmp_path / "m.safetensors"
+    write_model_file(path, named, np.ones(8, np.float32))
+    blob = path.read_bytes()
+    wanted = (("a", (3, 2)), ("b", (2,))) if damage == "other" else named
+    path.write_bytes(
+        {"short": blob[:-4], "long": blob + b"0", "header": blob[:8] + b"}" + blob[9:], "empty": b""}.get(damage, blob)
+    )
+    with pytest.raises(ServiceError) as refused:
+        read_model_file(path, wanted)
+    assert refused.value.reason is Reason.INVALID_DATA
+
+
+def test_torchvision_comes_up_in_a_fresh_process() -> None:
+    """privacy.md §9: on a CPU-only torch a bare `import torchvision` fails."""
+    code = "from services.hospital_node.models import import_torchvision as t; t(); t(); import torchvision.models"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], env=os.environ)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> tuple[Path, str]:
+    """Drawn weights in the published file's form, classifier included."""
+    torch.manual_seed(0)
+    state = EfficientNetLite0().state_dict() | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+    path = tmp_path / "backbones" / "any-name.pth"
+    path.parent.mkdir()
+    torch.save(state, path)
+    return path.parent, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_backbone_is_found_by_digest_and_frozen(weights: tuple[Path, str]) -> None:
+    folder, digest = weights
+    network = load_backbone(BackboneSection(name="efficientnet-lite0", sha256=digest), folder)
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+    images = torch.rand(3, 3, 50, 50, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network(images)[:1], network(images[:1]), rtol=1e-3, atol=1e-5)
+        assert network(images).shape == (3, 1280)
+
+
+def test_backbone_with_other_bytes_is_refused(weights: tuple[Path, str]) -> None:
+    folder, digest = weights
+    with pytest.raises(ServiceError, match="put the study's weights file there") as refused:
+        load_backbone(BackboneSection(name="efficientnet-lite0", sha256="1" * 64), folder)
+    assert refused.value.reason is Reason.NOT_FOUND
+    with pytest.raises(ServiceError, match="not installed here"):
+        load_backbone(BackboneSection(name="magic", sha256=digest), folder)
+    with pytest.raises(ServiceError, match="no file in the backbones folder None"):
+        load_backbone(BackboneSection(name="efficientnet-lite0", sha256=digest), None)
+
+
+class Trap:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("/tmp/wardround-pickle-was-run",))
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"x": Trap()}, path)
+    with pytest.raises(ServiceError, match="no plain tensors"):
+        load_backbone(
+            BackboneSection(name="efficientnet-lite0", sha256=hashlib.sha256(path.read_bytes()).hexdigest()), tmp_path
+        )
+    assert not Path("/tmp/wardround-pickle-was-run").exists()
+
+
+def test_same_padding_is_tensorflows() -> None:
+    """Even side, stride 2, kernel 3: one row and column of zeros, right and below."""
+    conv = backbones._SameConv(1, 1, 3, 2, bias=False)
+    nn.init.ones_(conv.weight)
+    with torch.no_grad():
+        out = conv(torch.ones(1, 1, 4, 4))
+    assert out.tolist() == [[[[9.0, 6.0], [6.0, 4.0]]]]
+
+
+def test_header_is_padded_like_the_librarys_own(tmp_path: Path) -> None:
+    named = (("a", (2,)),)
+    write_model_file(tmp_path / "m", named, np.zeros(2, np.float32))
+    length = int.from_bytes((tmp_path / "m").read_bytes()[:8], "little")
+    assert length % 8 == 0
+    assert json.loads((tmp_path / "m").read_bytes()[8 : 8 + length]) == {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    }
