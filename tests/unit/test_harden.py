@@ -20,7 +20,8 @@ try:
 except ServiceError as error:
     print(error.reason.value)
     sys.exit()
-print(locked, resource.getrlimit(resource.RLIMIT_CORE), Path("/proc/self/status").read_text().split("VmLck:")[1].split()[0])
+status = Path("/proc/self/status").read_text()
+print(locked, resource.getrlimit(resource.RLIMIT_CORE), status.split("VmLck:")[1].split()[0])
 """
 HEAD = "Filename\tType\tSize\tUsed\tPriority\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may lock memory here, and give that up again")
