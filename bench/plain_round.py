@@ -151,6 +151,7 @@ def run_client(config: dict[str, Any], ended: threading.Event) -> None:
     caller = Caller(
         lambda leaf: dial(config["address"], name, leaf, root), LeafFiles(folder / "tls.pem", folder / "tls-key.pem")
     )
+    numbers = update(config["parameters"]).astype("<f4")
     watching = caller.stream(
         lambda c: round_pb2_grpc.RoundCoordinationServiceStub(c).WatchRounds,
         round_pb2.WatchRoundsRequest(),
@@ -161,7 +162,7 @@ def run_client(config: dict[str, Any], ended: threading.Event) -> None:
             if answer.phase == round_pb2.ROUND_PHASE_FINISHED:
                 break
             _fetch(caller, answer.model)
-            _send(caller, update(config["parameters"]).astype("<f4"))
+            _send(caller, numbers)
         ended.wait()
     caller.close()
 
