@@ -87,13 +87,16 @@ class CustodyMachine(RuleBasedStateMachine):
         assert not self.pod.live
         assert self.pod.state.records == before.records
 
-    @rule(number=rounds, attempt=attempts, depth=st.integers(1, 4), names=st.sampled_from(COHORTS), show=st.booleans())
-    def advance(self, number: int, attempt: int, depth: int, names: tuple[str, ...], show: bool) -> None:
+    @rule(
+        number=rounds, attempt=attempts, model=models, depth=st.integers(1, 4), names=st.sampled_from(COHORTS),
+        show=st.booleans(),
+    )  # fmt: skip
+    def advance(self, number: int, attempt: int, model: str, depth: int, names: tuple[str, ...], show: bool) -> None:
         """An honest aggregator for a while: `depth` steps of one attempt, so that the liar finds locks to attack."""
         if not self.pod.live:
             self.marks(3, True)
         known = set(self.manifests)
-        self.propose(number, attempt, "model", True, show)
+        self.propose(number, attempt, model, True, show)
         fresh = [blob for blob in self.manifests if blob not in known]
         if fresh:
             steps = (self.endorse_one, self.offer_all, lambda blob: self.lock_one(blob, names),
