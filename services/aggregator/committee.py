@@ -23,6 +23,8 @@ from wardround.keyshare.v1.keyshare_pb2 import DeliverForm, HighWaterOrder, Mark
 
 _log = logging.getLogger(__name__)
 _AGAIN_MS = 1_000
+_LOST_MS = 60_000  # an answer that has not come by now was lost on its way: ask again
+_SMALL = frozenset({"commit", "lock", "abandon"})  # orders that a pod works off at once
 _RELAY_MS = 60_000  # a pod that is live is checked again before a Propose when its last check is older than this
 _PASSING = frozenset(
     {
@@ -54,7 +56,7 @@ class _Link:
     boot: bytes
     live: bool
     charters: tuple[bytes, ...]
-    sent: set[Key] = field(default_factory=set)
+    sent: dict[Key, int] = field(default_factory=dict)  # when (Unix ms)
     refused: dict[Key, tuple[Reason, int]] = field(default_factory=dict)
     relay: _Relay | None = None
     relayed: int = 0
@@ -129,7 +131,7 @@ class Committee:
             link.live, link.relay, link.relayed = True, None, at
             for key in [key for key, (reason, _) in link.refused.items() if reason is Reason.NOT_LIVE]:
                 del link.refused[key]
-                link.sent.discard(key)
+                link.sent.pop(key, None)
         self._changed()
 
     def reports(self) -> dict[str, tuple[bytes, ...]]:
@@ -167,7 +169,7 @@ class Committee:
         again: list[int] = []
         with self._lock:
             for key in self._relay_orders(roster, at, relay_all):
-                self._push(key[0], key[1])
+                self._push(key[0], key[1], at)
             for pod, wanted in orders.items():
                 link = self._links.get(pod)
                 if link is None or link.feed.ended:
@@ -179,15 +181,20 @@ class Committee:
                             again.append(refusal[1] + _AGAIN_MS)
                             continue
                         del link.refused[order.key]
-                        link.sent.discard(order.key)
-                    self._push(pod, order)
+                        link.sent.pop(order.key, None)
+                    due = link.sent.get(order.key, at) + _LOST_MS
+                    if order.key[0] in _SMALL and due <= at:
+                        del link.sent[order.key]
+                    elif order.key[0] in _SMALL:
+                        again.append(due)
+                    self._push(pod, order, at)
         return min(again, default=None)
 
-    def _push(self, pod: str, order: Order) -> None:
+    def _push(self, pod: str, order: Order, at: int) -> None:
         link = self._links[pod]
         if order.key in link.sent:
             return
-        link.sent.add(order.key)
+        link.sent[order.key] = at
         number = next(self._numbers)
         self._commands[number] = (pod, order.key)
         message = WatchResponse()

@@ -316,7 +316,10 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
 
 
 class _Holding:
-    """Inside it, an answer that does not hold counts as a refusal of its order; the pod is told as well."""
+    """Inside it, an answer that does not hold counts as a refusal of its order; the pod is told as well.
+
+    One that we could not store is a passing refusal: it is asked for again.
+    """
 
     def __init__(self, servicer: KeyShare, pod: str, command: int) -> None:
         self._servicer = servicer
@@ -327,7 +330,7 @@ class _Holding:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ServiceError) and error.reason not in (Reason.WRONG_PHASE, Reason.UNREACHABLE):
+        if isinstance(error, ServiceError) and error.reason is not Reason.WRONG_PHASE:
             refusal = keyshare_pb2.Refusal(reason=error.reason.value, detail=error.detail)
             self._servicer._refused(self._pod, self._command, refusal)
 
