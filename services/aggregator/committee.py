@@ -86,6 +86,12 @@ class Committee:
         """A pod's stream ended (its feed says which)."""
         self._changed()
 
+    def ask_again(self) -> None:
+        """Answers were forgotten before they were stored: whatever is still open is asked anew."""
+        with self._lock:
+            for link in self._links.values():
+                link.sent.clear()
+
     def asked(self, pod: str, command: int) -> Key:
         """What this command asked of this pod. Raises NOT_FOUND for a number of another pod, stream or life."""
         with self._lock:

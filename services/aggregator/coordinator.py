@@ -171,6 +171,7 @@ class Coordinator:
                 # A failing disk, or a fault of ours: what was decided and not stored is forgotten, and tried again.
                 _log.exception("the coordinator could not go on; it starts again from the log")
                 self.run.reload()
+                self.committee.ask_again()
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(ServiceError(Reason.STORAGE, "not stored: try again in a moment"))

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -10,10 +11,12 @@ import pytest
 
 from services.aggregator import facts as f
 from services.aggregator.store import Store
-from services.common.errors import Reason
+from services.common.errors import Reason, ServiceError
 from services.common.secagg.blob import decode
 from services.common.secagg.certificate import check_abandon_certificate
 from services.common.secagg.messages import OUTCOME_ACCEPTED, OUTCOME_REJECTED, Result
+from services.common.store.database import Database
+from services.common.store.events import EventLog
 from tests.support.aggregator_world import make_world, model_bytes, until
 from tests.support.fake_federation import NAMES, expected, federation, over, vector_of
 from tests.support.fake_hospital import FakeHospital
@@ -229,6 +232,35 @@ def test_memory_stays_bounded_at_11_million_parameters(tmp_path: Path) -> None:
             member.stop()
         service.kill()
     assert peak < 256 * 2**20, f"{peak / 2**20:.0f} MiB"
+
+
+class FlakyLog(EventLog):
+    """Every `every`-th append fails as a full disk does, with nothing written."""
+
+    def __init__(self, database: Database, every: int) -> None:
+        super().__init__(database)
+        self.every, self.calls, self.failed = every, 0, 0
+
+    def append(self, *arguments: Any) -> int:
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.failed += 1
+            raise ServiceError(Reason.STORAGE, "the disk is full, says the test")
+        return super().append(*arguments)
+
+
+def test_a_disk_that_is_full_now_and_then_delays_but_loses_nothing(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=2) as whole:
+        flaky = FlakyLog(whole.running.store._database, 3)
+        whole.running.store._log = flaky
+        whole.join(*NAMES)
+        whole.hospitals["alice"].wait_for(over(2), seconds=60)
+        assert flaky.failed >= 2
+        model = vector_of(model_bytes(50))
+        for number in (1, 2):
+            assert released(whole, number - 1).outcome == OUTCOME_ACCEPTED
+            model = expected(whole, model, NAMES, number)
+        assert np.array_equal(vector_of(whole.hospitals["alice"].fetch_model(whole.state.model)), model)
 
 
 def test_operators_see_the_status_and_take_the_evidence(tmp_path: Path) -> None:
