@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from figures import figures
 from training import judge, open_sites
 
 from services.common.documents.study import load_study
@@ -65,7 +64,7 @@ def main() -> None:
             optimiser.step()
             schedule.step()
     vector = trainable_vector(module)
-    found = figures(*judge(vector, sites, study, compute))
+    found = judge(vector, sites, study, compute)
     print(json.dumps({"model": study.model.architecture, "epochs": args.epochs, "train_patients": len(patients),
                       "seconds": round(time.perf_counter() - began, 1), **found}))  # fmt: skip
 
