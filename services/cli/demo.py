@@ -224,7 +224,7 @@ def _watch(running: Running, view: View, rounds: int, kill_one: bool, until: flo
                 view.show(_snapshot(running, now, rounds, dead))
                 if now.finished:
                     return
-                if kill_one and not killed and now.round == 2 and now.hospitals_submitted >= 1:
+                if kill_one and not killed and now.round == 2:
                     killed, dead = True, set(victims)
                     for name in victims:
                         running.services[name].kill()
