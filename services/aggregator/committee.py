@@ -87,10 +87,15 @@ class Committee:
         self._changed()
 
     def ask_again(self) -> None:
-        """Answers were forgotten before they were stored: whatever is still open is asked anew."""
+        """Answers were forgotten before they were stored: whatever is still open is asked anew.
+
+        Answers to earlier commands match nothing from now on: they would be judged against a state that went back.
+        """
         with self._lock:
+            self._commands.clear()
             for link in self._links.values():
                 link.sent.clear()
+                link.refused.clear()
 
     def asked(self, pod: str, command: int) -> Key:
         """What this command asked of this pod. Raises NOT_FOUND for a number of another pod, stream or life."""

@@ -83,9 +83,10 @@ def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Hel
 
 def _release_orders(state: State, found: dict[str, list[Order]], chunks: int, held: Held) -> None:
     for pod in state.pods:
-        said = {piece for piece, of_piece in state.claims.items() if pod in of_piece}
+        said = {piece: of_piece[pod] for piece, of_piece in state.claims.items() if pod in of_piece}
+        whole_here = {piece for piece, (_, released) in said.items() if released and (pod, piece) in held}
         asked = sorted((piece, whole) for (who, piece), whole in state.asked.items() if who == pod)
-        sums = [piece for piece, whole in asked if whole and (pod, piece) not in held]
+        sums = [piece for piece, whole in asked if whole and piece not in whole_here]
         if state.phase is Phase.VERIFIED:
             sums = [piece for piece in sums if state.chosen and state.chosen[piece] == pod]
         digests = [piece for piece, whole in asked if not whole and piece not in said]

@@ -135,8 +135,9 @@ class FakeHospital:
                 self.submit(self.prepare(now))
             except ServiceError as error:
                 self.refusals.append(error)
-                if error.reason is Reason.UNREACHABLE:
-                    done = 0
+                if error.reason in (Reason.UNREACHABLE, Reason.STORAGE):
+                    done = 0  # again, a little later
+                    self._stop.wait(0.1)
 
     @property
     def now(self) -> round_pb2.WatchRoundsResponse:
