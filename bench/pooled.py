@@ -1,6 +1,6 @@
 """Pooled training without privacy on the same folders and the same model: what a federation is compared with.
 
-    python bench/pooled.py --data DIR --study FILE.yaml [--epochs N] [--rate R] [--state DIR] [--backbones DIR] [--seed N]
+    python bench/pooled.py --data DIR --study FILE.yaml [--epochs N] [--rate R] [--backbones DIR]
 
 All sites' training patients as if they lay in one place; one image of each patient an epoch, no clip, no noise,
 SGD with momentum 0.9. Prints macro AUC and balanced accuracy on all sites' test patients as one JSON object.
