@@ -43,20 +43,27 @@ def unmask(
 
 
 def _one_chunk(table: LaneTable, vectors: Sequence[Path], pieces: Sequence[Path], index: int, length: int) -> bytes:
-    total = RingSum(table.ring, length)
+    total, buffer = (
+        RingSum(table.ring, length),
+        memoryview(bytearray(length)),
+    )  # reused: fresh pages cost more than sums
     for path in vectors:
-        total.add(_read(path, index * CHUNK_BYTES, length))
+        total.add(_read_into(buffer, path, index * CHUNK_BYTES))
     for path in pieces:
-        total.subtract(_read(path, index * CHUNK_BYTES, length))
+        total.subtract(_read_into(buffer, path, index * CHUNK_BYTES))
     return total.result()
 
 
-def _read(path: Path, offset: int, length: int) -> bytes:
+def _read_into(buffer: memoryview, path: Path, offset: int) -> memoryview:
     with reading(path) as handle:
-        data = os.pread(handle, length, offset)
-    if len(data) != length:
-        raise ServiceError(Reason.STORAGE, f"{path.name} ends before byte {offset + length}: the volume lost data")
-    return data
+        count = os.preadv(handle, [buffer], offset)
+    if count != len(buffer):
+        raise ServiceError(Reason.STORAGE, f"{path.name} ends before byte {offset + len(buffer)}: the volume lost data")
+    return buffer
+
+
+def _read(path: Path, offset: int, length: int) -> memoryview:
+    return _read_into(memoryview(bytearray(length)), path, offset)
 
 
 @dataclass
