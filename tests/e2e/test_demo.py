@@ -33,7 +33,7 @@ def flip(path: Path, place: int) -> None:
 def test_round_ends_without_the_killed_ones_and_they_come_back(demo: Path) -> None:
     run = load_run(demo)
     assert [one.number for one in run.rounds] == [1, 2, 3]
-    # Dave is killed while round 2 is open; on a slow machine he may have submitted before, and is restarted for round 3.
+    # Dave is killed while round 2 is open (he may have submitted before, on a slow machine), and is back for round 3.
     assert run.rounds[1].released["cohort"] in (3, 4)
     assert verify_run(demo) > 50
 
