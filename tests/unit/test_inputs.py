@@ -1,0 +1,107 @@
+"""Features of a frozen backbone: computed once an image, kept at the site, never trusted blindly."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from services.common.documents.study import Study
+from services.common.errors import Reason, ServiceError
+from services.hospital_node import inputs
+from services.hospital_node.backbones import EfficientNetLite0
+from services.hospital_node.dataset import Dataset
+from services.hospital_node.evaluation import evaluate
+from services.hospital_node.inputs import cached_features
+from services.hospital_node.models import initial_vector
+from services.hospital_node.training import Compute, Task, prepare, train_round
+from tests.support.sites import SIZE, small_site, small_study
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("backbones")
+    torch.manual_seed(0)
+    torch.save(EfficientNetLite0().state_dict(), folder / "drawn.pth")
+    return folder, hashlib.sha256((folder / "drawn.pth").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Dataset:
+    return small_site(tmp_path / "data", tmp_path / "state", patients=12)
+
+
+def head_study(sha256: str, **changes: Any) -> Study:
+    model = {"architecture": "linear-head", "backbone": {"name": "efficientnet-lite0", "sha256": sha256}}
+    return small_study(model=model, **changes)
+
+
+def test_each_image_is_computed_once(
+    site: Dataset, backbones: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, digest = backbones
+    section = head_study(digest).model.backbone
+    assert section is not None
+    first = cached_features(site, section, CPU, folder)
+    assert first.shape == (len(site), 1280)
+    assert np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
+    loads: list[int] = []
+    load = inputs.load_backbone
+    monkeypatch.setattr(inputs, "load_backbone", lambda *args: loads.append(1) or load(*args))
+    assert np.array_equal(cached_features(site, section, CPU, folder), first)
+    assert not loads  # nor is the weights file needed any more
+
+
+def test_a_damaged_or_foreign_feature_is_computed_again(site: Dataset, backbones: tuple[Path, str]) -> None:
+    folder, digest = backbones
+    section = head_study(digest).model.backbone
+    assert section is not None
+    first = cached_features(site, section, CPU, folder)
+    cache = site.state / "features" / f"{digest}-{SIZE}"
+    files = sorted(cache.glob("*.f32"))
+    assert len(files) == len(site)
+    files[0].write_bytes(bytes(4 * 1280 + 32))
+    files[1].write_bytes(files[2].read_bytes()[:-1])
+    site.paths[0].write_bytes(site.paths[1].read_bytes())  # the image changed: its old feature is not its own
+    again = cached_features(site, section, CPU, folder)
+    assert np.allclose(again[2:], first[2:], atol=1e-5)
+    assert np.allclose(again[0], first[1], atol=1e-5)
+
+
+def test_the_head_trains_and_is_judged_on_features(site: Dataset, backbones: tuple[Path, str], tmp_path: Path) -> None:
+    folder, digest = backbones
+    study = head_study(digest, privacy={"sampling_rate": 1.0})
+    compute = Compute(threads=1, backbones=folder)
+    prepare(site, study, compute)
+    start = initial_vector(study.model, 0)
+    result = train_round(
+        start, site, study, Task(bytes(32), 1, bytes(32)), progress=tmp_path / "progress",
+        keys=lambda: np.random.default_rng().bytes(32), should_stop=lambda: False, compute=compute,
+    )  # fmt: skip
+    assert result is not None
+    assert result.delta.shape == (2 * 1280 + 2,)
+    assert evaluate(start, site, "test", study, compute).totals.sum() == len(site.fold("test"))
+
+
+def test_features_cannot_be_turned(site: Dataset, backbones: tuple[Path, str], tmp_path: Path) -> None:
+    folder, digest = backbones
+    study = head_study(digest, training={"augmentations": 2})
+    with pytest.raises(ServiceError, match="augmentations to 1") as refused:
+        train_round(
+            initial_vector(study.model, 0), site, study, Task(bytes(32), 1, bytes(32)), progress=tmp_path,
+            keys=lambda: bytes(32), should_stop=lambda: False, compute=Compute(threads=1, backbones=folder),
+        )  # fmt: skip
+    assert refused.value.reason is Reason.INVALID_DOCUMENT
+
+
+def test_a_bad_image_is_found_while_features_are_prepared(site: Dataset, backbones: tuple[Path, str]) -> None:
+    folder, digest = backbones
+    site.paths[2].write_bytes(b"broken")
+    with pytest.raises(ServiceError) as refused:
+        prepare(site, head_study(digest), Compute(threads=1, backbones=folder))
+    assert refused.value.reason is Reason.INVALID_DATA
+    assert str(site.paths[2]) in refused.value.detail
