@@ -16,7 +16,7 @@ import torch
 from training import judge, open_sites
 
 from services.common.documents.study import load_study
-from services.hospital_node.gradients import loss_function
+from services.hospital_node.gradients import adjusted_scores
 from services.hospital_node.inputs import TURNS, open_inputs
 from services.hospital_node.models import build, initial_vector, load_vector, trainable_vector
 from services.hospital_node.training import Compute, open_device
@@ -42,7 +42,7 @@ def main() -> None:
     module.to(device).train()
     inputs = [open_inputs(site, study.model, device, compute.backbones) for site in sites]
     patients = [(s, images) for s, site in enumerate(sites) for images in site.fold("train").images]
-    loss = loss_function(study, device)
+    trained = adjusted_scores(module, study)
     optimiser = torch.optim.SGD(module.parameters(), lr=args.rate, momentum=0.9)
     generator = np.random.default_rng(args.seed)  # no privacy is claimed here
     steps = args.epochs * -(-len(patients) // args.batch)
@@ -60,7 +60,8 @@ def main() -> None:
                     batches.append(inputs[number].batch(rows, turns))
                     labels.append(site.labels[rows])
             optimiser.zero_grad()
-            loss(module(torch.cat(batches)), torch.from_numpy(np.concatenate(labels)).to(device)).mean().backward()
+            scores, truth = trained(torch.cat(batches)), torch.from_numpy(np.concatenate(labels)).to(device)
+            torch.nn.functional.cross_entropy(scores, truth).backward()
             optimiser.step()
             schedule.step()
     vector = trainable_vector(module)

@@ -26,7 +26,7 @@ class Settings:
     plain_rate: float
 
 
-SYNTHETIC = Settings(28, 0.3, 8, 0.5, 0.5, 1.0, 1, 3, 60, 20, 0.05)
+SYNTHETIC = Settings(28, 1.0, 5, 0.7, 0.0, 1.0, 1, 3, 60, 20, 0.05)
 REAL = {
     "small-cnn": Settings(64, 0.2, 20, 0.5, 0.5, 1.0, 1, 20, 1800, 60, 0.05),
     "resnet18-gn": Settings(64, 0.2, 4, 0.25, 0.5, 1.0, 1, 60, 7200, 30, 0.05),

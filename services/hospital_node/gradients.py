@@ -57,8 +57,7 @@ def gradients(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study,
     Each call gives the gradient of the mean loss (d) float64, and the rows it took (for this site's eyes only).
     Raises INVALID_DOCUMENT for a mechanism or augmentation that cannot be trained here.
     """
-    shares = study.training.class_frequencies
-    adjusted = _Adjusted(module, shares).to(next(module.parameters()).device) if shares else module
+    adjusted = adjusted_scores(module, study)
     if not inputs.augmentable and study.training.augmentations > 1:
         raise ServiceError(
             Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
@@ -71,6 +70,12 @@ def gradients(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study,
         Reason.INVALID_DOCUMENT,
         f"privacy.mechanism {study.privacy.mechanism} is not trained by this version: choose local, or none",
     )
+
+
+def adjusted_scores(module: nn.Module, study: Study) -> nn.Module:
+    """The module as it is trained: with log π added where the study states PUBLIC class frequencies π."""
+    shares = study.training.class_frequencies
+    return _Adjusted(module, shares).to(next(module.parameters()).device) if shares else module
 
 
 def shuffled(key: bytes, count: int) -> NDArray[np.int64]:
