@@ -8,6 +8,7 @@ discarded. All sites share this machine's cores, so times add up what different 
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,6 +32,7 @@ from services.cli import federation  # noqa: E402
 from services.cli.evidence import administration, status  # noqa: E402
 from services.cli.federation import Federation  # noqa: E402
 from services.cli.processes import Service, stop_all, wait_for_file  # noqa: E402
+from services.common.documents.study import Study  # noqa: E402
 from services.common.ids import Role  # noqa: E402
 
 OUTPUT = ROOT / "build" / "bench" / "round.json"
@@ -50,33 +51,34 @@ def lay_out(folder: Path, n: int, d: int) -> Federation:
     folder.mkdir(parents=True)
     names = [f"ward-{i + 1:02d}" for i in range(n)]
     sites = federation.make_sites(folder, names, PODS)
-    cohort = {"minimum": 3, "maximum": n, "colluding_hospitals": 1}
-    charter = federation.write_charter(folder, sites, federation.committee_of(PODS, THRESHOLD), cohort)
-    study: dict[str, Any] = {
-        "wardround": "study/v1",
-        "name": "round-times",
-        "purpose": "Measures how long a round takes; nothing is trained.",
-        "expires": federation.expiry(),
-        "rounds": ROUNDS,
-        "synthetic": True,
-        "model": {
-            "architecture": "small-cnn",
-            "image_size": 28,
-            "classes": ["a", "b"],
-            "parameters": d,
-            "initial": write_model(folder / "v0.safetensors", d),
-        },
-        "privacy": {"mechanism": "none", "none_accepted": "Nobody's data are in this study; only time is measured."},
-        "training": {"learning_rate": 0.1},
-        "encoding": {"ring_bits": 32, "update_clip": 1.0, "update_bound": 0.5},
-        "evaluation": {"final": False},
-        "cohort": {"minimum": 3, "colluding_hospitals": 1},
-        "timing": {"train_seconds": 0, "submit_seconds": PATIENCE, "attempt_seconds": 2 * PATIENCE},
-    }
-    blob = federation.to_yaml(study)
-    (folder / "study.yaml").write_bytes(blob)
-    laid = Federation(folder, sites, charter, blob)
-    federation.write_policies(laid, study, epsilon=1.0)
+    charter = federation.write_charter(folder, sites, federation.committee_of(PODS, THRESHOLD), 3, 1)
+    study = Study.model_validate(
+        {
+            "wardround": "study/v1",
+            "name": "round-times",
+            "purpose": "Measures how long a round takes; nothing is trained.",
+            "expires": datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=1),
+            "rounds": ROUNDS,
+            "synthetic": True,
+            "model": {
+                "architecture": "small-cnn",
+                "image_size": 28,
+                "classes": ["a", "b"],
+                "parameters": d,
+                "initial": write_model(folder / "v0.safetensors", d),
+            },
+            "privacy": {
+                "mechanism": "none",
+                "none_accepted": "Nobody's data are in this study; only time is measured.",
+            },
+            "training": {"learning_rate": 0.1},
+            "encoding": {"ring_bits": 32, "update_clip": 1.0, "update_bound": 0.5},
+            "evaluation": {"final": False},
+            "cohort": {"minimum": 3, "colluding_hospitals": 1},
+            "timing": {"train_seconds": 0, "submit_seconds": PATIENCE, "attempt_seconds": 2 * PATIENCE},
+        }
+    )
+    laid = federation.write_study(folder, sites, charter, study)
     federation.write_configs(laid, dict.fromkeys(names, folder), through_round=ROUNDS, threads=1)
     return laid
 

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli import demo_study, federation, passport, synthetic
+from services.cli.drafts import unwritten_model, write_initial
 from services.cli.evidence import administration, collect, status
 from services.cli.federation import Federation, Site
 from services.cli.live import SiteView, Snapshot, View
 from services.cli.processes import Service, stop_all, wait_for_file
 from services.cli.run import load_run, write_sums
-from services.common.documents.study import ModelSection
+from services.common.documents.study import BackboneSection, CohortSection
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role, check_id
 from wardround.admin.v1 import admin_pb2
@@ -125,40 +126,20 @@ def lay_out(
 
     `quick_deadline`: a round waits 25 s for the missing, not longer. Raises INVALID_DOCUMENT and the like.
     """
-    from services.hospital_node.models import build, initial_vector, layout, size, write_model_file
-
     if model not in demo_study.REAL:
         raise ServiceError(Reason.INVALID_DOCUMENT, f"model {model!r} is unknown: choose {', '.join(demo_study.REAL)}")
     settings = demo_study.SYNTHETIC if synthetic_data and model == "small-cnn" else demo_study.REAL[model]
     if quick_deadline:
         settings = replace(settings, submit_seconds=25)
-    section: dict[str, Any] = {
-        "architecture": model,
-        "image_size": image_size or settings.image_size,
-        "classes": list(synthetic.CLASSES) if synthetic_data else _classes(folders),
-        "parameters": 1,
-        "initial": "00" * 32,
-    }
-    if backbone is not None:
-        (output / "backbones").mkdir(parents=True, exist_ok=True)
-        target = output / "backbones" / backbone.name
-        shutil.copyfile(backbone, target)
-        section["backbone"] = {
-            "name": "efficientnet-lite0", "sha256": hashlib.sha256(target.read_bytes()).hexdigest()
-        }  # fmt: skip
-    draft = ModelSection.model_validate(section)
-    shapes = layout(build(draft))
-    section["parameters"] = size(shapes)
-    section["initial"] = write_model_file(output / "v0.safetensors", shapes, initial_vector(draft, seed=1)).hex()
+    weights = _backbone(output, backbone) if backbone is not None else None
+    classes = synthetic.CLASSES if synthetic_data else _classes(folders)
+    wanted = unwritten_model(model, image_size or settings.image_size, classes, weights)
+    section = write_initial(wanted, output / "v0.safetensors", seed=1)
     sites = federation.make_sites(output, list(folders), pods)
-    most = len(folders)
-    cohort: dict[str, Any] = {"minimum": max(2, min(3, most)), "maximum": most, "colluding_hospitals": min(1, most - 2)}
-    if cohort["colluding_hospitals"] == 0:
-        cohort["two_hospitals"] = "accepted"
-    charter = federation.write_charter(output, sites, federation.committee_of(pods, threshold), cohort)
-    counts = [_patients(folder) for folder in folders.values()]
+    minimum, colluding = min(3, len(folders)), min(1, len(folders) - 2)
+    charter = federation.write_charter(output, sites, federation.committee_of(pods, threshold), minimum, colluding)
+    counts = sorted(_patients(folder) for folder in folders.values())
     study = demo_study.draft(
-        name="demo-lesions",
         synthetic=synthetic_data,
         model=section,
         settings=settings,
@@ -166,15 +147,24 @@ def lay_out(
         rounds=rounds,
         epsilon=epsilon,
         delta=1e-5,
-        patients=max(10, int(0.07 * sorted(counts)[len(counts) // 2]) * 10),
-        cohort={"minimum": cohort["minimum"], "colluding_hospitals": cohort["colluding_hospitals"]},
+        patients=max(10, int(0.07 * counts[len(counts) // 2]) * 10),
+        cohort=CohortSection(minimum=minimum, colluding_hospitals=colluding),
     )
-    blob = federation.to_yaml(study)
-    (output / "study.yaml").write_bytes(blob)
-    laid = Federation(output, sites, charter, blob)
-    federation.write_policies(laid, study, epsilon)
+    laid = federation.write_study(output, sites, charter, study)
     federation.write_configs(laid, folders, through_round=rounds + 1, threads=1)
     return laid
+
+
+def _backbone(output: Path, weights: Path) -> BackboneSection:
+    """The weights file where every hospital of this machine finds it, named by its SHA-256."""
+    if not weights.is_file():
+        raise ServiceError(
+            Reason.NOT_FOUND, f"--backbone {weights} is not a file: give the weights of EfficientNet-Lite0"
+        )
+    (output / "backbones").mkdir(parents=True, exist_ok=True)
+    target = output / "backbones" / weights.name
+    shutil.copyfile(weights, target)
+    return BackboneSection(name="efficientnet-lite0", sha256=hashlib.sha256(target.read_bytes()).hexdigest())
 
 
 def start(laid: Federation) -> Running:
@@ -320,9 +310,9 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _classes(folders: dict[str, Path]) -> list[str]:
+def _classes(folders: dict[str, Path]) -> tuple[str, ...]:
     labels = {row.get("dx") or row.get("label") or "" for folder in folders.values() for row in _rows(folder)}
-    return sorted(labels - {""})
+    return tuple(sorted(labels - {""}))
 
 
 def _patients(folder: Path) -> int:

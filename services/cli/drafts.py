@@ -53,7 +53,7 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
 
     Every split may use the whole ε: a patient is in one of them only. σ covers the spare rounds.
     """
-    model = _write_initial(choices, initial)
+    model = write_initial(_model(choices), initial, choices.seed)
     gates = _gate_rounds(choices.rounds)
     ours = charter.document.cohort
     return Study(
@@ -63,20 +63,34 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
         expires=choices.expires,
         rounds=choices.rounds,
         model=model,
-        privacy=_privacy(choices, model.parameters),
+        privacy=privacy_section(
+            mechanism=choices.mechanism,
+            epsilon=choices.epsilon,
+            delta=choices.delta,
+            sampling_rate=choices.sampling_rate,
+            patients=choices.patients,
+            steps=choices.steps,
+            rounds=choices.rounds,
+            parameters=model.parameters,
+        ),
         training=TrainingSection(
             learning_rate=0.5 if choices.architecture == "linear-head" else 0.1,
             momentum=0.9,
             local_steps=choices.steps,
         ),
-        evaluation=_evaluation(choices, gates),
+        evaluation=evaluation_section(choices.mechanism, choices.epsilon, choices.delta, gates),
         cohort=CohortSection(minimum=ours.minimum, colluding_hospitals=ours.colluding_hospitals),
         timing=TimingSection(train_seconds=600, submit_seconds=600, attempt_seconds=1800),
     )
 
 
-def draft_policy(charter: LoadedCharter, study: LoadedStudy, hospital: str, dataset: str) -> Policy:
-    """A policy of `hospital` that allows exactly this study at exactly its claims."""
+def draft_policy(
+    charter: LoadedCharter, study: LoadedStudy, hospital: str, dataset: str, *, repeat: bool = False
+) -> Policy:
+    """A policy of `hospital` that allows exactly this study at exactly its claims.
+
+    `repeat`: under `none`, a second vector for one model may be sent.
+    """
     document, ours = study.document, charter.document.cohort
     private = document.privacy.mechanism != "none"
     entry = AllowedStudy(
@@ -89,6 +103,7 @@ def draft_policy(charter: LoadedCharter, study: LoadedStudy, hospital: str, data
         minimum_cohort=max(document.cohort.minimum, ours.minimum),
         colluding_hospitals=max(document.cohort.colluding_hospitals, ours.colluding_hospitals),
         no_privacy=None if private else "accepted",
+        repeat="allowed" if repeat and not private else None,
     )
     return Policy(
         wardround="policy/v1",
@@ -100,7 +115,8 @@ def draft_policy(charter: LoadedCharter, study: LoadedStudy, hospital: str, data
     )
 
 
-def _write_initial(choices: DraftChoices, path: Path) -> ModelSection:
+def write_initial(wanted: ModelSection, path: Path, seed: int) -> ModelSection:
+    """Write v0 of `wanted` to `path`; the section with its parameters and digest. Needs torch at this site."""
     try:
         from services.hospital_node import models
     except ImportError as error:
@@ -108,6 +124,69 @@ def _write_initial(choices: DraftChoices, path: Path) -> ModelSection:
             Reason.NOT_FOUND,
             f"the initial model needs {error.name}, which is not installed here: pip install 'wardround[hospital,cli]'",
         ) from None
+    shapes = models.layout(models.build(wanted))
+    digest = models.write_model_file(path, shapes, models.initial_vector(wanted, seed))
+    return wanted.model_copy(update={"parameters": models.size(shapes), "initial": digest.hex()})
+
+
+def unwritten_model(
+    architecture: str, image_size: int, classes: tuple[str, ...], backbone: BackboneSection | None
+) -> ModelSection:
+    """A model whose size and digest `write_initial` will know."""
+    return ModelSection(
+        architecture=architecture,
+        image_size=image_size,
+        classes=classes,
+        parameters=1,
+        initial=_UNKNOWN,
+        backbone=backbone,
+    )
+
+
+def privacy_section(
+    *,
+    mechanism: str,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    patients: int,
+    steps: int,
+    rounds: int,
+    parameters: int,
+) -> PrivacySection:
+    """The smallest noise with which all rounds and the spare ones keep (ε, δ). `patients`: published, of one site."""
+    if mechanism == "none":
+        return PrivacySection(
+            mechanism="none",
+            none_accepted="We accept that no single patient is protected by noise in this study.",
+            steps_per_round=steps,
+        )
+    clip = 1.0
+    return PrivacySection(
+        mechanism="local",
+        epsilon=epsilon,
+        delta=delta,
+        clip=clip,
+        noise_multiplier=calibrate(epsilon, delta, sampling_rate, (rounds + spare_rounds(rounds)) * steps),
+        sampling_rate=sampling_rate,
+        expected_batch=max(1.0, sampling_rate * patients),
+        steps_per_round=steps,
+        scale_bits=max(18, math.ceil(math.log2(256 * math.sqrt(parameters) / clip))),
+    )
+
+
+def evaluation_section(mechanism: str, epsilon: float, delta: float, gates: tuple[int, ...]) -> EvaluationSection:
+    """These gates and a final evaluation; under `local` each split may use the whole ε."""
+    if mechanism == "none":
+        return EvaluationSection(gate_rounds=gates)
+    return EvaluationSection(
+        gate_rounds=gates,
+        gate_noise_multiplier=calibrate(epsilon, delta, 1.0, len(gates)) if gates else 0.0,
+        final_noise_multiplier=calibrate(epsilon, delta, 1.0, 1),
+    )
+
+
+def _model(choices: DraftChoices) -> ModelSection:
     backbone = None
     if choices.architecture == "linear-head":
         if choices.backbone is None or choices.weights is None:
@@ -115,49 +194,7 @@ def _write_initial(choices: DraftChoices, path: Path) -> ModelSection:
                 Reason.INVALID_DOCUMENT, "linear-head needs --backbone NAME and --weights FILE of the frozen backbone"
             )
         backbone = BackboneSection(name=choices.backbone, sha256=choices.weights)
-    wanted = ModelSection(
-        architecture=choices.architecture,
-        image_size=choices.image_size,
-        classes=choices.classes,
-        parameters=1,
-        initial=_UNKNOWN,
-        backbone=backbone,
-    )
-    shapes = models.layout(models.build(wanted))
-    digest = models.write_model_file(path, shapes, models.initial_vector(wanted, choices.seed))
-    return wanted.model_copy(update={"parameters": models.size(shapes), "initial": digest.hex()})
-
-
-def _privacy(choices: DraftChoices, parameters: int) -> PrivacySection:
-    if choices.mechanism == "none":
-        return PrivacySection(
-            mechanism="none",
-            none_accepted="We accept that no single patient is protected by noise in this study.",
-            steps_per_round=choices.steps,
-        )
-    steps = (choices.rounds + spare_rounds(choices.rounds)) * choices.steps
-    clip = 1.0
-    return PrivacySection(
-        mechanism="local",
-        epsilon=choices.epsilon,
-        delta=choices.delta,
-        clip=clip,
-        noise_multiplier=calibrate(choices.epsilon, choices.delta, choices.sampling_rate, steps),
-        sampling_rate=choices.sampling_rate,
-        expected_batch=max(1.0, choices.sampling_rate * choices.patients),
-        steps_per_round=choices.steps,
-        scale_bits=max(18, math.ceil(math.log2(256 * math.sqrt(parameters) / clip))),
-    )
-
-
-def _evaluation(choices: DraftChoices, gates: tuple[int, ...]) -> EvaluationSection:
-    if choices.mechanism == "none":
-        return EvaluationSection(gate_rounds=gates)
-    return EvaluationSection(
-        gate_rounds=gates,
-        gate_noise_multiplier=calibrate(choices.epsilon, choices.delta, 1.0, len(gates)) if gates else 0.0,
-        final_noise_multiplier=calibrate(choices.epsilon, choices.delta, 1.0, 1),
-    )
+    return unwritten_model(choices.architecture, choices.image_size, choices.classes, backbone)
 
 
 def _gate_rounds(rounds: int) -> tuple[int, ...]:

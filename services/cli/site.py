@@ -48,29 +48,9 @@ def init(
     Example: wardround site init --role hospital --id alice --organisation "Alice Hospital" --consortium lesions --out
     keys/
     """
-    check_id(consortium, "consortium")
-    check_id(id)
-    member_role, now = Role(role.value), SystemClock().now_ms()
-    private = Ed25519PrivateKey.generate()
-    root = make_root(consortium, id, now)
-    join = _join(member_role, id, organisation, consortium, Signer(private), root)
-    pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    leaves = _leaves(member_role, id, consortium, root.certificate, root.key, days, now)
-    files = {
-        "identity.pem": (pem, SECRET),
-        "tls-root.pem": (root.certificate, PUBLIC),
-        "tls-root-key.pem": (root.key, SECRET),
-        **leaves,
-        "join.yaml": (emit(join), PUBLIC),
-    }
-    refuse_existing([out / name for name in files])
-    out.mkdir(parents=True, exist_ok=True)
-    for name, (content, mode) in files.items():
-        write_new(out / name, content, mode)
+    join, files = make_site(Role(role.value), id, organisation, consortium, out, days)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{member_role.value} {id} of {organisation}: {len(files)} files in {out}")
+    console.print(f"{role.value} {id} of {organisation}: {files} files in {out}")
     console.print(f"  fingerprint of the identity key: {fingerprint(join.identity_key)}")
     console.print(
         "  keep identity.pem secret; keep tls-root-key.pem off the cluster: it issues this site's certificates"
@@ -78,6 +58,35 @@ def init(
     console.print(
         f"next: send {out / 'join.yaml'} to whoever drafts the charter, and read the fingerprint out by phone"
     )
+
+
+def make_site(
+    role: Role, id: str, organisation: str, consortium: str, out: Path, days: float = _LEAF_DAYS
+) -> tuple[JoinFile, int]:
+    """Write a new site's keys, certificates and join.yaml to `out`; the join file, and how many files.
+
+    Raises MALFORMED for a name that is no DNS label, CONFLICT rather than overwriting anything.
+    """
+    check_id(consortium, "consortium")
+    check_id(id)
+    now, private = SystemClock().now_ms(), Ed25519PrivateKey.generate()
+    root = make_root(consortium, id, now)
+    join = _join(role, id, organisation, consortium, Signer(private), root)
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    files = {
+        "identity.pem": (pem, SECRET),
+        "tls-root.pem": (root.certificate, PUBLIC),
+        "tls-root-key.pem": (root.key, SECRET),
+        **_leaves(role, id, consortium, root.certificate, root.key, days, now),
+        "join.yaml": (emit(join), PUBLIC),
+    }
+    refuse_existing([out / name for name in files])
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (content, mode) in files.items():
+        write_new(out / name, content, mode)
+    return join, len(files)
 
 
 @app.command()
