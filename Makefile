@@ -30,7 +30,8 @@ $(VENV)/.ready: pyproject.toml
 proto: wardround/.proto ## compile protos/ into the wardround package (git-ignored)
 
 wardround/.proto: $(PROTOS) $(VENV)/.ready
-	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. \
+	@echo Compiling protos
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
 	@for d in wardround/*/v1; do touch $$d/__init__.py $$d/../__init__.py; done
@@ -50,8 +51,8 @@ test-all: setup ## every test, the long ones too
 	$(BIN)/python -m pytest
 
 demo: setup ## a whole federation on this machine (DATA=DIR for real images, ARGS="--rounds 3")
-	$(BIN)/wardround demo --output build/demo $(if $(DATA),--data $(DATA)) $(ARGS)
-	$(BIN)/wardround verify build/demo
+	@$(BIN)/wardround demo --output build/demo $(if $(DATA),--data $(DATA)) $(ARGS)
+	@$(BIN)/wardround verify build/demo
 
 bench: bench-secagg bench-round ## all measured figures
 

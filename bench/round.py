@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -69,7 +70,7 @@ def lay_out(folder: Path, n: int, d: int) -> Federation:
             },
             "privacy": {
                 "mechanism": "none",
-                "none_accepted": "Nobody's data are in this study; only time is measured.",
+                "none_accepted": "Nobody's data are here; only time is measured.",
             },
             "training": {"learning_rate": 0.1},
             "encoding": {"ring_bits": 32, "update_clip": 1.0, "update_bound": 0.5},

@@ -2,35 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
-from services.common.documents.strict import Document, Section, load
+from services.common.documents.site import SiteConfig, read
+from services.common.documents.strict import load
 from services.common.errors import Reason, ServiceError
 
 _THROUGH = "WARDROUND_THROUGH_ROUND"
 
 
-class TlsSection(Section):
-    """The leaf of this site; read again when its files change."""
+class Config(SiteConfig):
+    """What `python -m services.aggregator --config FILE` reads."""
 
-    certificate: Path
-    key: Path
-
-
-class Config(Document):
-    """What `python -m services.aggregator --config FILE` reads. Relative paths are relative to the process."""
-
-    id: str
-    charters: tuple[Path, ...] = Field(min_length=1)
-    pins: Path
     charter_signatures: Path | None = None
-    identity_key: Path = Field(description="PEM PKCS8 Ed25519")
-    tls: TlsSection
-    state: Path
-    http: str = "127.0.0.1:9464"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
     listen: str = Field(description="host:port, port 0 = any; the bound address is written to state/listen.address")
     study: Path
     through_round: int = Field(default=0, ge=0, description="a target that only rises; WARDROUND_THROUGH_ROUND wins")
@@ -42,11 +27,7 @@ class Config(Document):
 
 def load_config(path: Path, environment: "os._Environ[str] | dict[str, str]" = os.environ) -> Config:
     """Read and check the file. Raises INVALID_DOCUMENT with one sentence."""
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise ServiceError(Reason.INVALID_DOCUMENT, f"cannot read {path} ({error.strerror})") from error
-    config = load(Config, blob, path.name)
+    config = load(Config, read(path), path.name)
     target = environment.get(_THROUGH)
     if target is None:
         return config

@@ -5,9 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from services.aggregator.administration import Administration
 from services.aggregator.charters import Charters
 from services.aggregator.config import Config
@@ -21,13 +18,13 @@ from services.aggregator.store import Store
 from services.aggregator.study_run import Patience, StudyRun
 from services.aggregator.submission import UpdateSubmission
 from services.common.clock import Clock, SystemClock
+from services.common.documents.site import load_signer
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.observe.http import Health
 from services.common.observe.process import announce
 from services.common.rpc.leaf import LeafFiles
 from services.common.rpc.server import RunningServer, Servicer, serve
-from services.common.secagg.signing import Signer
 from wardround.admin.v1.admin_pb2_grpc import add_AdministrationServiceServicer_to_server
 from wardround.keyshare.v1.keyshare_pb2_grpc import add_KeyShareServiceServicer_to_server
 from wardround.model.v1.model_pb2_grpc import add_ModelDistributionServiceServicer_to_server
@@ -54,7 +51,7 @@ class Aggregator:
     def _start(self, health: Health) -> None:
         config = self.config
         self.charters = Charters(config, self.store.blobs)
-        self._signer = _identity(config.identity_key)
+        self._signer = load_signer(config.identity_key)
         pinned = self.charters.pinned.current
         if self._signer.public != pinned.roster.aggregator.key:
             raise ServiceError(
@@ -131,18 +128,6 @@ class Aggregator:
             (add_KeyShareServiceServicer_to_server, KeyShare(coordinator, store, self._pod_keys)),
             (add_AdministrationServiceServicer_to_server, admin),
         ]
-
-
-def _identity(path: Path) -> Signer:
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ServiceError(
-            Reason.INVALID_DOCUMENT, f"cannot read the identity key {path}: PEM PKCS8 is needed"
-        ) from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ServiceError(Reason.INVALID_DOCUMENT, f"the identity key {path} is not an Ed25519 key")
-    return Signer(key)
 
 
 def _write(path: Path, text: str) -> None:

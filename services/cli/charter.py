@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.files import load_signer, read, write_new
+from services.cli.files import write_new
 from services.cli.site import fingerprint
 from services.common.documents.charter import (
     Charter,
@@ -24,6 +24,7 @@ from services.common.documents.charter import (
 )
 from services.common.documents.emit import emit
 from services.common.documents.pin import Pin, load_pin
+from services.common.documents.site import load_signer, read
 from services.common.documents.strict import load
 from services.common.documents.words import same_words, words_of
 from services.common.errors import Reason, ServiceError

@@ -14,11 +14,11 @@ from typing import Any
 
 from cryptography import x509
 
-from services.cli.files import load_signer, read
 from services.common.documents.charter import LoadedCharter, load_charter, load_signatures
 from services.common.documents.pin import load_pin, select
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
+from services.common.documents.site import load_signer, read
 from services.common.documents.strict import peek
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
@@ -113,8 +113,8 @@ def _load_config(path: Path) -> tuple[Role, Any]:
 
 
 def _charter(config: Any, role: Role) -> LoadedCharter:
-    charters = [load_charter(read(Path(path)), Path(path).name) for path in config.charters]
-    pinned = select(load_pin(read(Path(config.pins)), Path(config.pins).name), charters)
+    charters = [load_charter(read(path), path.name) for path in config.charters]
+    pinned = select(load_pin(read(config.pins), config.pins.name), charters)
     member = pinned.current.find(config.id)
     if member is None or member[0] is not role:
         listed = "not listed" if member is None else f"a {member[0].value}"
@@ -125,7 +125,7 @@ def _charter(config: Any, role: Role) -> LoadedCharter:
         )
     signatures = getattr(config, "charter_signatures", None)
     if signatures is not None:
-        load_signatures(read(Path(signatures)), pinned.current, Path(signatures).name)
+        load_signatures(read(signatures), pinned.current, signatures.name)
     return pinned.current
 
 
@@ -144,7 +144,7 @@ def _identity(path: Path, id: str, charter: LoadedCharter | None) -> str:
 
 def _leaf(config: Any, role: Role, charter: LoadedCharter | None, now_ms: int) -> str:
     leaf = x509.load_pem_x509_certificate(
-        LeafWatch(LeafFiles(Path(config.tls.certificate), Path(config.tls.key))).current().certificate
+        LeafWatch(LeafFiles(config.tls.certificate, config.tls.key)).current().certificate
     )
     named = identity_of(leaf)
     if charter is not None:
@@ -210,10 +210,10 @@ def _dataset(folder: Path, study: LoadedStudy) -> str:
 
 
 def _study_and_model(config: Any, charter: LoadedCharter | None) -> str:
-    study = load_study(read(Path(config.study)), Path(config.study).name)
+    study = load_study(read(config.study), config.study.name)
     if charter is not None:
         check_study(charter, study)
-    model = Path(config.initial_model)
+    model = config.initial_model
     with _touching(model, "the initial model must be readable: correct `initial_model`"), model.open("rb") as source:
         digest = hashlib.file_digest(source, "sha256").hexdigest()
     if digest != study.document.model.initial:

@@ -30,6 +30,7 @@ from wardround.admin.v1 import admin_pb2
 
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
 _MARKER = "demo.json"
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -78,7 +79,10 @@ def demo(  # what a person may choose; each has a default that works
     started = time.monotonic()
     pods, threshold = _pair(committee)
     _claim_folder(output)
+    if data is None:
+        console.print(f"Drawing synthetic images for {hospitals} hospitals …")
     folders = _data(output, data, hospitals)
+    console.print("Making keys, charter, first model and study; finding the noise that its ε asks for …")
     laid = lay_out(
         output,
         folders,
@@ -95,6 +99,7 @@ def demo(  # what a person may choose; each has a default that works
     )
     what = "synthetic images (drawn, not photographed)" if data is None else f"real images from {data}"
     title = f"Wardround demo · {len(folders)} hospitals, {pods} key-share pods · {what}"
+    console.print(f"Starting {len(laid.sites)} processes; their logs are in {output / 'logs'}", highlight=False)
     running = start(laid)
     try:
         with View(console, title) as view:
@@ -103,7 +108,7 @@ def demo(  # what a person may choose; each has a default that works
     finally:
         stop_all(list(running.services.values()))
     run = load_run(output)
-    content = passport.write_passport(run, output)
+    content = passport.write_passport(run, output, {name: _unit(folder) for name, folder in folders.items()})
     _summary(console, content, output, time.monotonic() - started)
 
 
@@ -158,9 +163,7 @@ def lay_out(
 def _backbone(output: Path, weights: Path) -> BackboneSection:
     """The weights file where every hospital of this machine finds it, named by its SHA-256."""
     if not weights.is_file():
-        raise ServiceError(
-            Reason.NOT_FOUND, f"--backbone {weights} is not a file: give the weights of EfficientNet-Lite0"
-        )
+        raise ServiceError(Reason.NOT_FOUND, f"--backbone {weights} is not a file: give EfficientNet-Lite0's weights")
     (output / "backbones").mkdir(parents=True, exist_ok=True)
     target = output / "backbones" / weights.name
     shutil.copyfile(weights, target)
@@ -259,12 +262,16 @@ def _summary(console: Console, content: dict[str, Any], output: Path, seconds: f
         figures = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in one["released_of_the_start_model"].items())
         table.add_row(str(one["round"]), one["verdict"], str(one["cohort"]), f"v{one['model_version']}", figures)
     console.print(table)
+    unit = content["privacy"]["unit"]
+    spent = Table(title=f"ε spent at δ = {content['privacy']['delta']}; each {unit} is in one split only")
+    if content["privacy"]["mechanism"] == "none":
+        spent = Table(title="no differential privacy: ε is not bounded")
+    for column in ("hospital", "unit", *_SPLITS):
+        spent.add_column(column)
     for site, splits in content["privacy"]["epsilon_by_site_and_split"].items():
-        spent = (
-            ", ".join(f"{split} {passport.round_up(value, 2):.2f}" for split, value in splits.items())
-            or "no differential privacy"
-        )
-        console.print(f"ε spent at {site} (each patient is in one split only): {spent}", highlight=False)
+        cells = [f"{passport.round_up(splits[split], 2):.2f}" if split in splits else "–" for split in _SPLITS]
+        spent.add_row(site, content["privacy"]["unit_by_site"][site], *cells)
+    console.print(spent)
     if content["study"]["synthetic_data"]:
         console.print("The images were synthetic: drawn, not photographed.")
     console.print(f"Model, passport and learning curve: {output}\nCheck it: wardround verify {output}", highlight=False)
@@ -313,6 +320,14 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 def _classes(folders: dict[str, Path]) -> tuple[str, ...]:
     labels = {row.get("dx") or row.get("label") or "" for folder in folders.values() for row in _rows(folder)}
     return tuple(sorted(labels - {""}))
+
+
+def _unit(folder: Path) -> str:
+    """The word that really exists at this site (privacy.md §1)."""
+    from services.hospital_node.dataset import UNITS
+
+    columns = _rows(folder)[0]
+    return next((unit for column, unit in UNITS if columns.get(column)), "image")
 
 
 def _patients(folder: Path) -> int:

@@ -13,7 +13,6 @@ from ruamel.yaml import YAML
 
 from services.cli import site as sites_of
 from services.cli.drafts import draft_policy
-from services.cli.files import load_signer
 from services.cli.processes import Service
 from services.common.documents.charter import (
     Charter,
@@ -27,6 +26,7 @@ from services.common.documents.charter import (
 )
 from services.common.documents.emit import emit
 from services.common.documents.pin import Pin
+from services.common.documents.site import load_signer
 from services.common.documents.study import LoadedStudy, Study, load_study
 from services.common.ids import Role
 from services.common.secagg.committee import Committee

@@ -1,27 +1,13 @@
-"""Reading and writing files for a person: nothing is overwritten, secrets are the owner's alone."""
+"""Writing files for a person: nothing is overwritten, secrets are the owner's alone."""
 
 import os
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from services.common.errors import Reason, ServiceError
-from services.common.secagg.signing import Signer
 from services.common.store.durable import storing, sync_folder
 
 SECRET = 0o600
 PUBLIC = 0o644
-
-
-def read(path: Path) -> bytes:
-    """The exact bytes of a file. Raises INVALID_DOCUMENT naming it."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ServiceError(
-            Reason.INVALID_DOCUMENT, f"{path} cannot be read ({error.strerror}): check the path and its permissions"
-        ) from None
 
 
 def refuse_existing(paths: list[Path]) -> None:
@@ -51,16 +37,3 @@ def write_new(path: Path, content: bytes, mode: int = PUBLIC) -> None:
             out.flush()
             os.fsync(out.fileno())
         sync_folder(path.parent)
-
-
-def load_signer(path: Path) -> Signer:
-    """The Ed25519 identity key in a PKCS8 PEM file. Raises INVALID_DOCUMENT."""
-    try:
-        key = serialization.load_pem_private_key(read(path), None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ServiceError(
-            Reason.INVALID_DOCUMENT, f"{path} is not an unencrypted Ed25519 key in PEM: take identity.pem of site init"
-        )
-    return Signer(key)

@@ -12,8 +12,11 @@ from services.common.secagg.messages import OUTCOME_ACCEPTED
 from services.hospital_node.ledger import Debit, parse_export, split_epsilon
 
 
-def passport(run: Run) -> dict[str, Any]:
-    """Everything a reader of the model should know, as plain values."""
+def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
+    """Everything a reader of the model should know, as plain values.
+
+    `units`: by hospital, the word for what its privacy unit really is: patient, lesion or image.
+    """
     study, charter = run.study.document, run.charter.document
     last = run.rounds[-1]
     rounds = [
@@ -49,8 +52,9 @@ def passport(run: Run) -> dict[str, Any]:
         },
         "privacy": {
             "mechanism": study.privacy.mechanism,
-            "unit": study.privacy.unit,
-            "adjacency": "add or remove one patient of one hospital",
+            "unit": " or ".join(sorted(set(units.values()))),
+            "unit_by_site": units,
+            "adjacency": "add or remove one unit of one hospital",
             "claimed_epsilon": study.privacy.epsilon,
             "delta": study.privacy.delta,
             "epsilon_by_site_and_split": {
@@ -82,9 +86,9 @@ def round_up(value: float, digits: int) -> float:
     return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
 
 
-def write_passport(run: Run, folder: Path) -> dict[str, Any]:
+def write_passport(run: Run, folder: Path, units: dict[str, str]) -> dict[str, Any]:
     """passport.json, passport.md and learning-curve.png in `folder`, and model.safetensors of the last version."""
-    content = passport(run)
+    content = passport(run, units)
     source = run.model(content["model"]["version"])
     if hashlib.sha256(source.read_bytes()).hexdigest() != content["model"]["sha256"]:
         raise ServiceError(Reason.BAD_DIGEST, f"{source.name} is not the model that the last result names")

@@ -8,12 +8,13 @@ import typer
 from rich.console import Console
 
 from services.cli.drafts import draft_policy
-from services.cli.files import read, write_new
+from services.cli.files import write_new
 from services.common.documents.charter import load_charter
 from services.common.documents.costs import study_epsilon
 from services.common.documents.emit import emit
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study, total_rounds
+from services.common.documents.site import read
 from services.common.documents.study import load_study
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role

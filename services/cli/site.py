@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.check import Finding, check_site
-from services.cli.files import PUBLIC, SECRET, read, refuse_existing, write_new
+from services.cli.files import PUBLIC, SECRET, refuse_existing, write_new
 from services.common.clock import SystemClock
 from services.common.documents.charter import JoinFile, Member, join_blob, load_join
 from services.common.documents.emit import emit
+from services.common.documents.site import read
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role, check_id
 from services.common.rpc.certificates import Issued, issue_leaf, make_root, server_name

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.drafts import DraftChoices, draft_study
-from services.cli.files import read, refuse_existing, write_new
+from services.cli.files import refuse_existing, write_new
 from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.costs import (
     epsilon_of,
@@ -23,6 +23,7 @@ from services.common.documents.costs import (
 )
 from services.common.documents.emit import emit
 from services.common.documents.shape import check_study, largest_split, round_shape, total_rounds
+from services.common.documents.site import read
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 

@@ -10,11 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from services.common.clock import SystemClock
 from services.common.documents.charter import LoadedCharter
+from services.common.documents.site import load_signer
 from services.common.errors import Reason, ServiceError
 from services.common.observe.http import Health, serve_http
 from services.common.observe.logs import configure
@@ -27,7 +25,7 @@ from services.common.store.blobs import BlobStore
 from services.hospital_node import metrics
 from services.hospital_node.admin import Administration, StatusBoard
 from services.hospital_node.client import AggregatorClient
-from services.hospital_node.config import HospitalConfig, SiteDocuments, leaf_files, load_config, read
+from services.hospital_node.config import HospitalConfig, SiteDocuments, leaf_files, load_config
 from services.hospital_node.node import Node
 from services.hospital_node.participate import Participation
 from services.hospital_node.ports import Progress, Trainer
@@ -53,14 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def open_trainer(config: HospitalConfig) -> Trainer:
     """The trainer over the site's images; torch is imported here."""
-    table = Path(config.data) / "metadata.csv"
+    table = config.data / "metadata.csv"
     if not table.is_file():
         raise ServiceError(Reason.INVALID_DATA, f"{table} is missing: `data` must name the folder that holds it")
     from services.hospital_node.trainer import SiteTrainer
     from services.hospital_node.training import Compute
 
-    backbones = None if config.backbones is None else Path(config.backbones)
-    return SiteTrainer(Path(config.data), Path(config.state), Compute(config.device, config.threads, backbones))
+    backbones = None if config.backbones is None else config.backbones
+    return SiteTrainer(config.data, config.state, Compute(config.device, config.threads, backbones))
 
 
 def run(
@@ -73,11 +71,11 @@ def run(
     documents = SiteDocuments(config)
     charter = next(iter(documents.charters().values()))
     documents.policy()
-    signer = load_signer(Path(config.identity_key), charter, config.id)
-    store = Store(Path(config.state))
+    signer = own_signer(config.identity_key, charter, config.id)
+    store = Store(config.state)
     health = Health(["store", "loop"])
-    http = serve_http(config.http, health, Path(config.state) / "http.address")
-    announce("hospital", config.id, Path(config.tls.certificate))
+    http = serve_http(config.http, health, config.state / "http.address")
+    announce("hospital", config.id, config.tls.certificate)
     board = StatusBoard(config.id)
     client = AggregatorClient(open_caller(config, charter))
 
@@ -92,7 +90,7 @@ def run(
         documents,
         client=client,
         store=store,
-        models=BlobStore(Path(config.state) / "models"),
+        models=BlobStore(config.state / "models"),
         trainer=make_trainer(config),
         clock=SystemClock(),
         report=report,
@@ -108,7 +106,7 @@ def run(
                 Administration(board, store, participation.ledger),
             )
         ],
-        Path(config.admin_socket),
+        config.admin_socket,
         _ADMIN_WORKERS,
     )
     health.set("store", True, "ledger verified")
@@ -131,15 +129,9 @@ def open_caller(config: HospitalConfig, charter: LoadedCharter) -> Caller:
     return Caller(lambda leaf: dial(config.aggregator, name, leaf, root, config.proxy), leaf_files(config))
 
 
-def load_signer(path: Path, charter: LoadedCharter, hospital: str) -> Signer:
+def own_signer(path: Path, charter: LoadedCharter, hospital: str) -> Signer:
     """The identity key, which must be the one that the charter lists. Raises INVALID_DOCUMENT."""
-    try:
-        key = serialization.load_pem_private_key(read(path), None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ServiceError(Reason.INVALID_DOCUMENT, f"{path} holds no Ed25519 key in PEM: give the site's identity key")
-    signer = Signer(key)
+    signer = load_signer(path)
     if signer.public != charter.roster.hospital(hospital).key:
         raise ServiceError(
             Reason.INVALID_DOCUMENT,

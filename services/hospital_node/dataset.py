@@ -31,7 +31,7 @@ MEMORY_LIMIT = 512 * 2**20
 _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.1  # of what is not test
 _FOLD_WORDS: dict[str, Split] = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-_UNITS = (("patient_id", "patient"), ("lesion_id", "lesion"))
+UNITS = (("patient_id", "patient"), ("lesion_id", "lesion"))
 
 _log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _check_columns(table: Path, columns: list[str]) -> tuple[str, str]:
             raise _invalid(
                 f"{table}: the column {' or '.join(needed)} is missing (found: {', '.join(columns)}): add it"
             )
-    for column, unit in _UNITS:
+    for column, unit in UNITS:
         if column in columns:
             return column, unit
     _log.warning(

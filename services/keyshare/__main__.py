@@ -7,12 +7,9 @@ import sys
 import threading
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
 from services.common.clock import SystemClock
 from services.common.documents.charter import LoadedCharter
-from services.common.documents.strict import refuse
+from services.common.documents.site import PinnedCharters, load_signer
 from services.common.errors import ServiceError
 from services.common.observe import logs, process
 from services.common.observe.harden import harden
@@ -22,10 +19,9 @@ from services.common.rpc.channel import Caller, dial
 from services.common.rpc.leaf import LeafFiles
 from services.common.rpc.unix import serve_admin
 from services.common.secagg.roster import Roster
-from services.common.secagg.signing import Signer
 from services.keyshare.admin import Administration
 from services.keyshare.client import Client
-from services.keyshare.config import PinnedCharters, PodConfig, load_config, read
+from services.keyshare.config import PodConfig, load_config
 from services.keyshare.pod import Pod
 from services.keyshare.store import CustodyStore
 from wardround.admin.v1.admin_pb2_grpc import add_AdministrationServiceServicer_to_server
@@ -53,8 +49,8 @@ def main() -> int:
 def run(config: PodConfig, stop: threading.Event) -> None:
     """Serve until `stop` is set. Raises ServiceError where the pod must not start."""
     logs.configure("pod", config.id, config.log_level)
-    process.announce("pod", config.id, Path(config.tls.certificate))
-    pinned, state = PinnedCharters(config), Path(config.state)
+    process.announce("pod", config.id, config.tls.certificate)
+    pinned, state = PinnedCharters(config, lambda roster: roster.pod_index(config.id)), config.state
     charters = pinned.read()
     demo = all(charter.document.demo for charter in charters)
     if not harden(demo):
@@ -63,15 +59,15 @@ def run(config: PodConfig, stop: threading.Event) -> None:
         _log.warning("DEMO charter: the store, swap and organisation rules are lifted")
     store = CustodyStore(state, demo)
     try:
-        pod = Pod(config.id, _identity(config), store, _rosters(charters), SystemClock())
+        pod = Pod(config.id, load_signer(config.identity_key), store, _rosters(charters), SystemClock())
         aggregator = charters[0].document.aggregator
         name, root = server_name(aggregator.id, charters[0].document.consortium), aggregator.tls_root.encode()
-        leaf = LeafFiles(Path(config.tls.certificate), Path(config.tls.key))
+        leaf = LeafFiles(config.tls.certificate, config.tls.key)
         caller = Caller(lambda pair: dial(config.aggregator, name, pair, root, config.proxy), leaf)
         client, administration = Client(pod, caller, stop), Administration(pod)
         health = Health(["store", "certificate"])
         servicers = [(add_AdministrationServiceServicer_to_server, administration)]
-        admin = serve_admin(servicers, Path(config.admin_socket), max_workers=4)
+        admin = serve_admin(servicers, config.admin_socket, max_workers=4)
         http = serve_http(config.http, health, state / "http.address")
         worker = threading.Thread(target=client.run, name="client", daemon=True)
         worker.start()
@@ -97,7 +93,7 @@ def _tick(pod: Pod, pinned: PinnedCharters, client: Client, health: Health, conf
         health.set("store", True, f"{len(pod.state.records)} studies")
     except ServiceError as error:
         health.set("store", False, error.detail)
-    begin, end = process.certificate_validity(Path(config.tls.certificate))
+    begin, end = process.certificate_validity(config.tls.certificate)
     health.set("certificate", begin <= pod.clock.now_ms() / 1000 <= end, "the TLS leaf's validity")
     try:
         rosters = _rosters(pinned.read())
@@ -112,16 +108,6 @@ def _tick(pod: Pod, pinned: PinnedCharters, client: Client, health: Health, conf
 
 def _rosters(charters: tuple[LoadedCharter, ...]) -> dict[bytes, Roster]:
     return {charter.digest: charter.roster for charter in charters}
-
-
-def _identity(config: PodConfig) -> Signer:
-    try:
-        key = load_pem_private_key(read(Path(config.identity_key)), None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise refuse(config.identity_key, "is not an unencrypted PKCS8 PEM of an Ed25519 key: `wardround site init`")
-    return Signer(key)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def test_passport_names_what_was_spent_and_says_synthetic(demo: Path) -> None:
     claimed = content["privacy"]["claimed_epsilon"]
     for splits in content["privacy"]["epsilon_by_site_and_split"].values():
         assert 0 < splits["train"] <= claimed
+    assert content["privacy"]["unit"] == "patient"
     assert content["study"]["synthetic_data"] is True
     assert "Synthetic data" in (demo / "passport.md").read_text()
     assert (demo / "learning-curve.png").read_bytes().startswith(b"\x89PNG")

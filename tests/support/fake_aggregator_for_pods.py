@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from services.common.clock import SystemClock
 from services.common.documents.emit import emit
+from services.common.documents.site import TlsSection
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.certificates import issue_leaf, server_name
@@ -33,7 +34,7 @@ from services.common.secagg import blob as codec
 from services.common.secagg import sealing
 from services.common.secagg.messages import Commitment, Core, HighWaterMark, Manifest, Mark, Signed
 from services.common.secagg.signing import Signer, digest
-from services.keyshare.config import PodConfig, TlsSection
+from services.keyshare.config import PodConfig
 from tests.support.consortium import Consortium, PodKeys, Submission, derive
 from tests.support.documents import CONSORTIUM, Documents, make_documents
 from wardround.keyshare.v1 import keyshare_pb2 as wire
