@@ -30,7 +30,6 @@ from wardround.admin.v1 import admin_pb2
 
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
 _MARKER = "demo.json"
-_SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -265,11 +264,11 @@ def _summary(console: Console, content: dict[str, Any], output: Path, seconds: f
     unit = content["privacy"]["unit"]
     spent = Table(title=f"ε spent at δ = {content['privacy']['delta']}; each {unit} is in one split only")
     if content["privacy"]["mechanism"] == "none":
-        spent = Table(title="no differential privacy: ε is not bounded")
-    for column in ("hospital", "unit", *_SPLITS):
+        spent = Table(title="no noise was added: ε is not bounded, only sums were hidden")
+    for column in ("hospital", "unit", *passport.SPLITS):
         spent.add_column(column)
     for site, splits in content["privacy"]["epsilon_by_site_and_split"].items():
-        cells = [f"{passport.round_up(splits[split], 2):.2f}" if split in splits else "–" for split in _SPLITS]
+        cells = [passport.shown_epsilon(splits, split, 2) for split in passport.SPLITS]
         spent.add_row(site, content["privacy"]["unit_by_site"][site], *cells)
     console.print(spent)
     if content["study"]["synthetic_data"]:

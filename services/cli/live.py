@@ -44,9 +44,9 @@ class Snapshot:
         if self.attempt > 1:
             parts.append(f"attempt {self.attempt}")
         parts += [f"model v{self.version}", f"submitted {self.submitted}"]
-        spent = [site.epsilon_spent for site in self.sites if site.epsilon_spent is not None]
+        spent = max((site.epsilon_spent for site in self.sites if site.epsilon_spent), default=0.0)
         if spent:
-            parts.append(f"ε spent ≤ {math.ceil(max(spent) * 100) / 100:.2f}")
+            parts.append(f"ε spent ≤ {_number(spent, math.ceil)}" if math.isfinite(spent) else "ε not bounded")
         parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(self.figures.items())]
         return " · ".join(parts)
 
@@ -119,4 +119,6 @@ class View:
 
 def _number(value: float | None, rounded: Callable[[float], int]) -> str:
     """Spent is rounded up and left is rounded down: no figure flatters."""
-    return "" if value is None else f"{rounded(value * 100) / 100:.2f}"
+    if value is None:
+        return ""
+    return f"{rounded(value * 100) / 100:.2f}" if math.isfinite(value) else "not bounded"

@@ -11,6 +11,8 @@ from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED
 from services.hospital_node.ledger import Debit, parse_export, split_epsilon
 
+SPLITS = ("train", "validation", "test")
+
 
 def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
     """Everything a reader of the model should know, as plain values.
@@ -75,15 +77,25 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def site_epsilon(ledger: Path) -> dict[str, float]:
-    """ε spent by split, from the exported ledger's events (train, validation, test); empty under `none`."""
+def site_epsilon(ledger: Path) -> dict[str, float | None]:
+    """ε spent by split, from the exported ledger's events; None where it is not bounded, because no noise was added."""
     debits = [Debit(**json.loads(entry.event)) for entry in parse_export(ledger.read_text().splitlines())]
-    return {split: round_up(value, 4) for split, value in split_epsilon(debits).items()}
+    return {
+        split: round_up(value, 4) if math.isfinite(value) else None for split, value in split_epsilon(debits).items()
+    }
+
+
+def shown_epsilon(splits: dict[str, float | None], split: str, digits: int) -> str:
+    """One cell of a table: rounded up, "not bounded", or "–" where nothing of the split was released."""
+    value = splits.get(split, 0.0)
+    if value is None:
+        return "not bounded"
+    return f"{round_up(value, digits):.{digits}f}" if value else "–"
 
 
 def round_up(value: float, digits: int) -> float:
     """Never below `value`: an ε that is shown is one that the accounting proves."""
-    return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
+    return math.ceil(value * float(10**digits)) / float(10**digits)
 
 
 def write_passport(run: Run, folder: Path, units: dict[str, str]) -> dict[str, Any]:
@@ -121,15 +133,13 @@ def markdown(content: dict[str, Any]) -> str:
         "## Privacy",
         "",
         f"Mechanism `{privacy['mechanism']}`; unit: {privacy['unit']}; adjacency: {privacy['adjacency']}; "
-        f"claimed ε = {privacy['claimed_epsilon']} at δ = {privacy['delta']}.",
+        + _claim(privacy),
         "",
         "| site | ε train | ε validation | ε test |",
         "|---|---|---|---|",
     ]
     for site, splits in privacy["epsilon_by_site_and_split"].items():
-        cells = [
-            f"{round_up(splits[s], 3):.3f}" if s in splits else "none spent" for s in ("train", "validation", "test")
-        ]
+        cells = [shown_epsilon(splits, split, 3) for split in SPLITS]
         lines.append(f"| {site} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -145,6 +155,12 @@ def markdown(content: dict[str, Any]) -> str:
             f"{figures} | `{one['certificate_sha256'][:16]}…` |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _claim(privacy: dict[str, Any]) -> str:
+    if privacy["mechanism"] == "none":
+        return "**no noise was added: no ε is claimed, only sums were hidden.**"
+    return f"claimed ε = {privacy['claimed_epsilon']} at δ = {privacy['delta']}."
 
 
 def draw_curve(run: Run, path: Path) -> None:

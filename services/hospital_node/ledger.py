@@ -8,6 +8,7 @@ improves the past as well. Nothing is ever refunded. Not here: when a debit is d
 
 import hashlib
 import json
+import math
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,7 +122,7 @@ class Ledger:
         return any(debit.vector == vector for debit in self.debits())
 
     def spent(self, study: str) -> float:
-        """ε of one study (hex digest) at its own δ; 0.0 before its first event and under `none`."""
+        """ε of one study (hex digest) at its own δ: 0.0 before its first event, infinite once `none` has sent one."""
         return _study_epsilon(d for d in self.debits() if d.study == study)
 
     def dataset_spent(self) -> float:
@@ -142,16 +143,18 @@ class Ledger:
 
         `cost` is not empty; `paid` when its vector has been debited already, so that sending it again costs nothing.
         `remaining` bounds the rounds that are counted. Caps are the policy's ε. Across studies: the sum of the
-        studies' ε and δ.
+        studies' ε and δ. Only noised events are held against caps: a release under `none` has no ε that any cap
+        could bound, and the policy allows it by its own words or not at all.
         """
-        first, plain, held = cost[0], tuple(plain), self.debits()
+        first, everything = cost[0], self.debits()
+        held, cost, each = _noised(everything), _noised(cost), _noised(plain)
         mine = tuple(d for d in held if d.study == first.study)
         studies = {d.study: tuple(e for e in held if e.study == d.study) for d in held if d.study != first.study}
         others = sum(_study_epsilon(events) for events in studies.values())
-        other_delta = sum(max(_delta(d) for d in events) for events in studies.values())
+        other_delta = sum(max(d.delta for d in events) for events in studies.values())
 
         def fits(rounds: int) -> bool:
-            after = _study_epsilon(mine + plain * rounds)
+            after = _study_epsilon(mine + each * rounds)
             return after <= study_cap and others + after <= dataset_cap
 
         spent = _study_epsilon(mine)
@@ -162,11 +165,11 @@ class Ledger:
             study_after=after,
             dataset_spent=others + spent,
             dataset_after=others + after,
-            dataset_delta_after=other_delta + max(_delta(d) for d in (*mine, *cost)),
+            dataset_delta_after=other_delta + max((d.delta for d in (*mine, *cost)), default=0.0),
             rounds_left=_largest(fits, remaining) if plain else 0,
             repeated=any(
                 d.mechanism == "none" and d.model == first.model and d.split == first.split and d.vector != first.vector
-                for d in held
+                for d in everything
             ),
         )
 
@@ -228,12 +231,21 @@ def verify_export(lines: Iterable[str]) -> LedgerMark | None:
 
 
 def split_epsilon(debits: Iterable[Debit]) -> dict[str, float]:
-    """ε by split at the study's δ. A patient is in one split for the data set's life and pays only for that one."""
+    """ε by split at the study's δ. A patient is in one split for the data set's life and pays only for that one.
+
+    A split of which something left without noise (`none`) has an infinite ε.
+    """
     by_split: dict[str, list[Debit]] = {}
     for debit in debits:
-        if debit.mechanism != "none":
-            by_split.setdefault(debit.split, []).append(debit)
-    return {split: _compose(tuple(events)) for split, events in by_split.items()}
+        by_split.setdefault(debit.split, []).append(debit)
+    return {
+        split: _compose(tuple(events)) if len(_noised(events)) == len(events) else math.inf
+        for split, events in by_split.items()
+    }
+
+
+def _noised(debits: Iterable[Debit]) -> tuple[Debit, ...]:
+    return tuple(debit for debit in debits if debit.mechanism != "none")
 
 
 def _study_epsilon(debits: Iterable[Debit]) -> float:
@@ -253,10 +265,6 @@ def _compose(debits: tuple[Debit, ...]) -> float:
 @lru_cache(maxsize=4096)
 def _epsilon(laws: tuple[tuple[float, float, int], ...], delta: float) -> float:
     return epsilon([Event(*law) for law in laws], delta)
-
-
-def _delta(debit: Debit) -> float:
-    return 0.0 if debit.mechanism == "none" else debit.delta
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -1,6 +1,7 @@
 """protocol.md §9, the hospital's side: whatever is wrong, nothing leaves. Real gRPC over real mutual TLS."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,10 @@ def test_gate_and_final_rounds_carry_exact_counts_under_none(aggregator: FakeAgg
     aggregator.collect()
     site.step()
     assert lanes_of(aggregator, aggregator.submissions()[-1], "gate").tolist() == [5, 3, 8, 4]
+    # What left without noise has no finite ε: the figures of the site say so, and so does its ledger.
+    assert site.participation.progress.figures["epsilon_spent"] == math.inf
+    assert site.participation.progress.figures["dataset_epsilon_spent"] == math.inf
+    assert site.participation.progress.figures["epsilon_left"] == 0.0
     aggregator.finish(aggregator.manifests[1], others(digest("header", aggregator.submissions()[-1].header.blob)))
     aggregator.open_round(4)  # round 3 stalled: no link, P-25
     aggregator.collect()

@@ -10,7 +10,7 @@ from services.common.clock import Clock, SystemClock
 from services.common.errors import ServiceError
 from services.common.secagg.encoding import decode_class
 from services.common.store.blobs import BlobStore
-from services.hospital_node.__main__ import load_signer, open_caller
+from services.hospital_node.__main__ import open_caller, own_signer
 from services.hospital_node.client import AggregatorClient, round_state
 from services.hospital_node.config import SiteDocuments, load_config
 from services.hospital_node.participate import Participation
@@ -40,7 +40,7 @@ class Site:
         self.store = Store(state)
         self.participation = Participation(
             self.config.id,
-            load_signer(Path(self.config.identity_key), charter, self.config.id),
+            own_signer(self.config.identity_key, charter, self.config.id),
             documents,
             client=self.client,
             store=self.store,

@@ -125,7 +125,7 @@ def test_none_is_recorded_and_claims_no_epsilon(ledger: Ledger, database: Databa
     """`none` moves the chain and remembers the model, so that P-10's second vector is seen; it has no ε."""
     plain = debit(1, mechanism="none", noise_multiplier=0.0, delta=0.0)
     add(ledger, database, plain)
-    assert ledger.spent(DEBIT.study) == 0.0
+    assert ledger.spent(DEBIT.study) == math.inf  # 0 would be a claim that nothing was revealed
     repeated = ledger.project(
         [dataclasses.replace(plain, round=2, vector="other")], [], remaining=1, study_cap=1.0, dataset_cap=1.0
     )

@@ -1,0 +1,91 @@
+"""What every service's configuration has in common, and the files that it names: identity key, charters, pin.
+
+Not here: the TLS leaf, which is read again when it changes (rpc.leaf), and each role's own keys (its config.py).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field
+
+from services.common.documents.charter import LoadedCharter, load_charter
+from services.common.documents.pin import load_pin, select
+from services.common.documents.strict import Section, refuse
+from services.common.secagg.roster import Roster
+from services.common.secagg.signing import Signer
+
+
+class TlsSection(Section):
+    """The site's own leaf."""
+
+    certificate: Path = Field(description="PEM file of the TLS leaf; read again when it changes")
+    key: Path = Field(description="PEM file of its private key")
+
+
+class SiteConfig(Section):
+    """The keys that all roles share. Paths are relative to the working directory."""
+
+    id: str = Field(description="this site's id in the charter")
+    charters: tuple[Path, ...] = Field(min_length=1, max_length=8, description="charter files, current and next")
+    pins: Path = Field(description="pin.yaml, as `wardround charter verify` writes it")
+    identity_key: Path = Field(description="PEM file (PKCS8) of the Ed25519 identity key")
+    tls: TlsSection
+    state: Path = Field(description="folder of all that must survive, on a volume of its own")
+    http: str = Field(default="127.0.0.1:9464", description="host:port of probes and metrics, port 0 = any")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class DialingConfig(SiteConfig):
+    """A hospital's or a pod's: it only dials out, and is administered on its own machine."""
+
+    aggregator: str = Field(description="host:port to dial")
+    proxy: str | None = Field(default=None, description="HTTPS forward proxy, http://host:port")
+    admin_socket: Path = Field(description="Unix socket for `wardround` on this machine")
+
+
+def read(path: Path) -> bytes:
+    """The exact bytes of a file. Raises INVALID_DOCUMENT naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise refuse(str(path), f"cannot be read ({error.strerror}): check the path and its permissions") from None
+
+
+def load_signer(path: Path) -> Signer:
+    """The Ed25519 identity key in a PKCS8 PEM file. Raises INVALID_DOCUMENT."""
+    try:
+        key = serialization.load_pem_private_key(read(path), None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise refuse(str(path), "is not an unencrypted Ed25519 key in PEM: take identity.pem of `wardround site init`")
+    return Signer(key)
+
+
+class PinnedCharters:
+    """The pinned charters as they are on the disk now; parsed again only when a file has changed (P-2).
+
+    `check` is handed each one's roster and raises where this site has no place in it.
+    """
+
+    def __init__(self, config: SiteConfig, check: Callable[[Roster], object]) -> None:
+        self._config, self._check = config, check
+        self._blobs: list[bytes] = []
+        self._found: tuple[LoadedCharter, ...] = ()
+
+    def read(self) -> tuple[LoadedCharter, ...]:
+        """The current charter, then the pinned next one. Raises INVALID_DOCUMENT, and what `check` raises."""
+        config = self._config
+        blobs = [read(path) for path in (config.pins, *config.charters)]
+        if blobs != self._blobs:
+            pin = load_pin(blobs[0], config.pins.name)
+            named = zip(blobs[1:], config.charters, strict=True)
+            pinned = select(pin, [load_charter(blob, path.name) for blob, path in named])
+            found = (pinned.current,) if pinned.next is None else (pinned.current, pinned.next)
+            for charter in found:
+                self._check(charter.roster)
+            self._blobs, self._found = blobs, found
+        return self._found
