@@ -72,6 +72,7 @@ class _Chain:
     result: bytes
     model: bytes
     models: dict[bytes, Path]
+    reached: set[bytes]
     signatures: int = 0
 
 
@@ -86,16 +87,19 @@ def verify_run(folder: Path, say: Say = lambda _: None) -> int:
     check_study(run.charter, run.study)
     models = {_sha256(path): path for path in sorted((run.aggregator / "models").glob("*.safetensors"))}
     initial = bytes.fromhex(run.study.document.model.initial)
-    chain = _Chain(ZERO_DIGEST, initial, models)
+    chain = _Chain(ZERO_DIGEST, initial, models, {initial})
     _need(initial in models, "the initial model of the study is not among the models")
     for one in run.rounds:
-        with_context = f"round {one.number}"
+        name = f"round {one.number}"
         try:
             _check_round(run, one, chain)
         except ServiceError as error:
-            raise ServiceError(error.reason, f"{with_context}: {error.detail}") from error
-        say(f"{with_context}: {_summary(one)}")
+            raise ServiceError(error.reason, f"{name}: {error.detail}") from error
+        say(f"{name}: {_summary(one)}")
     _need(bool(run.rounds), "there is no round with a result")
+    _check_stalled(run, chain)
+    strangers = [path.name for found, path in models.items() if found not in chain.reached]
+    _need(not strangers, f"no round led to the model {', '.join(strangers)}")
     _check_sites(run)
     say(f"{len(models)} models in one line of descent, {chain.signatures} signatures verified")
     return chain.signatures
@@ -109,7 +113,7 @@ def _check_round(run: Run, one: Round, chain: _Chain) -> None:
     attempts = sorted(int(path.stem.split("-")[1]) for path in one.folder.glob("manifest-*.blob"))
     for attempt in attempts:
         if attempt != result.attempt:
-            _check_given_up(run, one, attempt, chain)
+            _check_given_up(run, one.folder, one.number, attempt, chain)
     _need(result.attempt in attempts, f"the manifest of attempt {result.attempt} is missing")
     checked = check_manifest((one.folder / f"manifest-{result.attempt}.blob").read_bytes(), charter.roster)
     named = (result.manifest, result.round, result.charter, result.study)
@@ -129,27 +133,37 @@ def _check_round(run: Run, one: Round, chain: _Chain) -> None:
     chain.signatures += 1
     _check_sum(run, one, table, cohort, chain)
     chain.result, chain.model = digest("result", one.signed.blob), result.model
+    chain.reached.add(result.model)
 
 
-def _check_given_up(run: Run, one: Round, attempt: int, chain: _Chain) -> None:
-    checked = check_manifest((one.folder / f"manifest-{attempt}.blob").read_bytes(), run.charter.roster)
-    path = one.folder / f"abandon-{attempt}.blob"
+def _check_stalled(run: Run, chain: _Chain) -> None:
+    """Rounds without a result: what was proposed and sent in them is genuine all the same."""
+    ended = {one.folder for one in run.rounds}
+    for folder in sorted(set((run.aggregator / "rounds").glob("*")) - ended):
+        for path in sorted(folder.glob("manifest-*.blob")):
+            _check_given_up(run, folder, int(folder.name), int(path.stem.split("-")[1]), chain)
+
+
+def _check_given_up(run: Run, folder: Path, number: int, attempt: int, chain: _Chain) -> None:
+    checked = check_manifest((folder / f"manifest-{attempt}.blob").read_bytes(), run.charter.roster)
+    chain.signatures += 1 + len(checked.commitments)
+    path = folder / f"abandon-{attempt}.blob"
     if path.exists():
         check_abandon_certificate(
-            path.read_bytes(), run.charter.roster, run.study.digest, one.number, attempt, manifest=checked.M
+            path.read_bytes(), run.charter.roster, run.study.digest, number, attempt, manifest=checked.M
         )
-        chain.signatures += len(checked.commitments)
-    _check_submissions(one, checked, attempt, chain)
+        chain.signatures += checked.roster.committee.quorum
+    _check_submissions(folder, checked, attempt, chain)
 
 
-def _check_submissions(one: Round, checked: CheckedManifest, attempt: int, chain: _Chain) -> dict[str, bytes]:
+def _check_submissions(folder: Path, checked: CheckedManifest, attempt: int, chain: _Chain) -> dict[str, bytes]:
     """Header digests by hospital; each header and receipt verified."""
     found: dict[str, bytes] = {}
-    for path in sorted(one.folder.glob(f"header-{attempt}-*.signed")):
+    for path in sorted(folder.glob(f"header-{attempt}-*.signed")):
         signed = _signed(path)
         header: Header = check_header(signed, checked)
         _need(path.name == f"header-{attempt}-{header.hospital}.signed", f"{path.name} is of {header.hospital}")
-        receipt = _signed(one.folder / f"receipt-{attempt}-{header.hospital}.signed")
+        receipt = _signed(folder / f"receipt-{attempt}-{header.hospital}.signed")
         check_receipt(receipt, checked, signed, header.hospital, header.vector)
         found[header.hospital] = digest("header", signed.blob)
         chain.signatures += 2
@@ -160,7 +174,7 @@ def _check_messages(one: Round, checked: CheckedManifest, chain: _Chain) -> Coho
     attempt, quorum = one.result.attempt, checked.roster.committee.quorum
     endorsements = [_signed(path) for path in sorted(one.folder.glob(f"endorse-{attempt}-*.signed"))]
     check_endorsed(checked, endorsements)
-    headers = _check_submissions(one, checked, attempt, chain)
+    headers = _check_submissions(one.folder, checked, attempt, chain)
     cohort = check_certificate(checked, (one.folder / f"certificate-{attempt}.blob").read_bytes())
     for member in cohort.members:
         _need(headers.get(member.hospital) == member.header, f"the cohort has another header of {member.hospital}")

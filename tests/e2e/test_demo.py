@@ -88,3 +88,15 @@ def test_a_missing_file_is_found(demo: Path, tmp_path: Path) -> None:
     write_sums(copy / "evidence")
     with pytest.raises(ServiceError, match=r"another header|missing"):
         verify_run(copy)
+
+
+def test_a_model_that_no_round_made_is_found(demo: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(demo / "evidence", copy / "evidence")
+    models = copy / "evidence" / "aggregator" / "models"
+    content = bytearray((models / "v0001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (models / "v0009.safetensors").write_bytes(bytes(content))
+    write_sums(copy / "evidence")
+    with pytest.raises(ServiceError, match=r"no round led to the model v0009"):
+        verify_run(copy)
