@@ -121,7 +121,7 @@ def secure(laid: Federation, n: int, d: int, told: Told) -> dict[str, Any]:
         memory = peak_mib(roles)
     store = Store(laid.aggregator.state)
     try:
-        return from_log(store.facts(hashlib.sha256(laid.study).digest())) | {"peak_rss_mib": memory}
+        return from_log(store.facts(laid.study.digest)) | {"peak_rss_mib": memory}
     finally:
         store.close()
 
