@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from services.common.dp.accounting import Event, epsilon
+from services.common.dp.noise import effective_multiplier
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import LedgerMark
 from services.common.store.database import Database
@@ -38,8 +39,10 @@ CREATE TRIGGER ledger_lasts BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'l
 
 @dataclass(frozen=True)
 class Debit:
-    """One release of one split of the data set (privacy.md §7). Digests are hex, Δ₂ and S_h in integers.
+    """One release of one split of the data set (privacy.md §7). Digests are hex; Δ₂, `sensitivity`, is in integers.
 
+    `noise_multiplier` is z of what may be opened: of this hospital's share alone under `local`, of the n_min − k honest
+    shares together under `shared` (L-3). `scale` is S_h, this hospital's own share, so the solo event follows.
     `vector` names the draw of sampling and noise: the same vector under another attempt is no second debit.
     """
 
@@ -59,6 +62,15 @@ class Debit:
     manifest: str
     model: str
     vector: str
+
+    def event(self) -> Event:
+        """What ε is derived from: at n_min and k under `shared`."""
+        return Event(self.sampling_rate, self.noise_multiplier, self.steps)
+
+    def solo_event(self) -> Event:
+        """The same release when all the others collude, cheat or fail: this hospital's share alone (ε_solo)."""
+        alone = effective_multiplier((self.scale,), self.sensitivity) if self.scale else 0.0
+        return Event(self.sampling_rate, alone, self.steps)
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,10 @@ class Ledger:
     def spent(self, study: str) -> float:
         """ε of one study (hex digest) at its own δ: 0.0 before its first event, infinite once `none` has sent one."""
         return _study_epsilon(d for d in self.debits() if d.study == study)
+
+    def spent_solo(self, study: str) -> float:
+        """ε_solo of one study: what holds even if every other hospital colludes and the pods fail (privacy.md §2)."""
+        return max(split_epsilon((d for d in self.debits() if d.study == study), solo=True).values(), default=0.0)
 
     def dataset_spent(self) -> float:
         """The sum of the studies' ε."""
@@ -230,8 +246,8 @@ def verify_export(lines: Iterable[str]) -> LedgerMark | None:
     return verify_entries(parse_export(lines))
 
 
-def split_epsilon(debits: Iterable[Debit]) -> dict[str, float]:
-    """ε by split at the study's δ. A patient is in one split for the data set's life and pays only for that one.
+def split_epsilon(debits: Iterable[Debit], solo: bool = False) -> dict[str, float]:
+    """ε (or ε_solo) by split at the study's δ. A patient is in one split for the data set's life: it pays for that one.
 
     A split of which something left without noise (`none`) has an infinite ε.
     """
@@ -239,7 +255,7 @@ def split_epsilon(debits: Iterable[Debit]) -> dict[str, float]:
     for debit in debits:
         by_split.setdefault(debit.split, []).append(debit)
     return {
-        split: _compose(tuple(events)) if len(_noised(events)) == len(events) else math.inf
+        split: _compose(tuple(events), solo) if len(_noised(events)) == len(events) else math.inf
         for split, events in by_split.items()
     }
 
@@ -253,11 +269,12 @@ def _study_epsilon(debits: Iterable[Debit]) -> float:
     return max(split_epsilon(debits).values(), default=0.0)
 
 
-def _compose(debits: tuple[Debit, ...]) -> float:
+def _compose(debits: tuple[Debit, ...], solo: bool) -> float:
     steps: dict[tuple[float, float], int] = {}
     for debit in debits:
-        law = (debit.sampling_rate, debit.noise_multiplier)
-        steps[law] = steps.get(law, 0) + debit.steps
+        event = debit.solo_event() if solo else debit.event()
+        law = (event.sampling_rate, event.noise_multiplier)
+        steps[law] = steps.get(law, 0) + event.steps
     # One event a law: composing the same mechanism n times is the accountant's fast path, and a cache key.
     return _epsilon(tuple((*law, steps[law]) for law in sorted(steps)), min(debit.delta for debit in debits))
 

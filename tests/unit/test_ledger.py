@@ -74,6 +74,28 @@ def test_epsilon_is_derived_and_equals_the_closed_form(ledger: Ledger, database:
     assert "epsilon" not in {field.name for field in dataclasses.fields(Debit)}
 
 
+def test_the_solo_epsilon_is_that_of_this_hospitals_share_alone(ledger: Ledger, database: Database) -> None:
+    """privacy.md §2, worked example: (n_min, k) = (6, 1), share 1.502 C: ε = 3 together, 8.72 if all others collude."""
+    clip, sigma = 2**20, 3.358
+    share = math.isqrt(math.ceil((sigma * clip) ** 2 / 5)) + 1
+    together = debit(
+        1, mechanism="shared", sampling_rate=0.256, steps=79, noise_multiplier=sigma, sensitivity=float(clip),
+        scale=share, minimum_cohort=6, colluding_hospitals=1,
+    )  # fmt: skip
+    assert share / clip == pytest.approx(1.502, abs=5e-4)
+    add(ledger, database, together)
+    assert ledger.spent(DEBIT.study) == pytest.approx(3.0, abs=5e-3)
+    assert ledger.spent_solo(DEBIT.study) == pytest.approx(8.72, abs=5.1e-3)
+    assert split_epsilon(ledger.debits(), solo=True) == {"train": ledger.spent_solo(DEBIT.study)}
+    alone = debit(2, study="dd" * 32, noise_multiplier=math.sqrt(6001**2 - 9) / 1000)
+    add(ledger, database, alone)
+    assert ledger.spent_solo("dd" * 32) == pytest.approx(ledger.spent("dd" * 32), rel=1e-9)  # `local`: the same
+    unprotected = debit(3, study="ee" * 32, mechanism="none", noise_multiplier=0.0, sensitivity=0.0, scale=0)
+    add(ledger, database, unprotected)
+    assert ledger.spent_solo("ee" * 32) == math.inf
+    assert ledger.spent_solo("ff" * 32) == 0.0
+
+
 def test_a_patient_pays_for_its_own_split_only(ledger: Ledger, database: Database) -> None:
     """privacy.md §6: the study's ε is the largest of its splits', never less and not the sum."""
     add(ledger, database, debit(1), debit(1, split="validation", noise_multiplier=3.0))
