@@ -14,7 +14,9 @@ from services.aggregator.service import CONDITIONS, Aggregator
 from services.common.errors import ServiceError
 from services.common.ids import Role
 from services.common.observe.http import Health, serve_http
+from services.common.observe.last_words import refused
 from services.common.observe.logs import configure
+from services.common.store.durable import storing
 
 _log = logging.getLogger(__name__)
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
@@ -33,12 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(path)
         configure(Role.AGGREGATOR.value, config.id, config.log_level)
         health = Health(CONDITIONS)
-        config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with storing(f"the folder {config.state}"):
+            config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         http = serve_http(config.http, health, config.state / "http.address")
         service = Aggregator(config, health)
     except ServiceError as error:
-        print(f"aggregator: {error.detail}", file=sys.stderr)
-        return 2
+        return refused("aggregator", error)
     health.start()
     _log.info("started", extra={"listen": str(config.listen), "port": service.server.port})
     ended.wait()

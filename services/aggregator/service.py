@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 from services.aggregator.administration import Administration
@@ -22,16 +21,17 @@ from services.common.documents.site import load_signer
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.observe.http import Health
-from services.common.observe.process import announce
-from services.common.rpc.leaf import LeafFiles
+from services.common.observe.process import announce, certificate_now
+from services.common.rpc.leaf import LeafFiles, check_own_leaf
 from services.common.rpc.server import RunningServer, Servicer, serve
+from services.common.store.durable import replace_file
 from wardround.admin.v1.admin_pb2_grpc import add_AdministrationServiceServicer_to_server
 from wardround.keyshare.v1.keyshare_pb2_grpc import add_KeyShareServiceServicer_to_server
 from wardround.model.v1.model_pb2_grpc import add_ModelDistributionServiceServicer_to_server
 from wardround.round.v1.round_pb2_grpc import add_RoundCoordinationServiceServicer_to_server
 from wardround.submission.v1.submission_pb2_grpc import add_UpdateSubmissionServiceServicer_to_server
 
-CONDITIONS = ("log", "listener")
+CONDITIONS = ("log", "certificate", "listener")
 _SPARE_WORKERS = 32
 
 
@@ -57,6 +57,9 @@ class Aggregator:
             raise ServiceError(
                 Reason.INVALID_DOCUMENT, f"{config.identity_key} is not the charter's key of {config.id}"
             )
+        leaf = LeafFiles(config.tls.certificate, config.tls.key)
+        check_own_leaf(leaf, Role.AGGREGATOR, config.id, pinned, self._clock.now_ms())
+        health.look("certificate", lambda: certificate_now(leaf.certificate, self._clock.now_ms()))
         plan = adopt(config, self.store, pinned, health)
         if plan is None:
             raise ServiceError(Reason.INVALID_DOCUMENT, "there is no plan to serve: " + health.ready()[1].strip())
@@ -71,7 +74,7 @@ class Aggregator:
                 self._servicers(),
                 self.charters.members,
                 (Role.AGGREGATOR, config.id),
-                LeafFiles(config.tls.certificate, config.tls.key),
+                leaf,
                 address=config.listen,
                 max_workers=3 * members + _SPARE_WORKERS,
                 clock=self._clock,
@@ -80,7 +83,7 @@ class Aggregator:
             self.coordinator.stop()
             raise
         host = config.listen.rpartition(":")[0]
-        _write(config.state / "listen.address", f"{host}:{self.server.port}")
+        replace_file(config.state / "listen.address", [f"{host}:{self.server.port}".encode()])
         health.set("listener", True, f"{host}:{self.server.port}")
 
     def stop(self, grace: float = 10) -> None:
@@ -128,10 +131,3 @@ class Aggregator:
             (add_KeyShareServiceServicer_to_server, KeyShare(coordinator, store, self._pod_keys)),
             (add_AdministrationServiceServicer_to_server, admin),
         ]
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: whoever waits for the file never reads half of it."""
-    partial_path = path.with_name(path.name + ".tmp")
-    partial_path.write_text(text)
-    partial_path.rename(path)

@@ -23,8 +23,7 @@ from services.common.documents.strict import peek
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
-from services.common.rpc.certificates import check_leaf, identity_of
-from services.common.rpc.leaf import LeafFiles, LeafWatch
+from services.common.rpc.leaf import LeafFiles, LeafWatch, check_own_leaf
 
 _DIAL_SECONDS = 5
 
@@ -143,20 +142,11 @@ def _identity(path: Path, id: str, charter: LoadedCharter | None) -> str:
 
 
 def _leaf(config: Any, role: Role, charter: LoadedCharter | None, now_ms: int) -> str:
-    leaf = x509.load_pem_x509_certificate(
-        LeafWatch(LeafFiles(config.tls.certificate, config.tls.key)).current().certificate
-    )
-    named = identity_of(leaf)
-    if charter is not None:
-        consortium, member = charter.document.consortium, charter.find(config.id)
-        if (named.consortium, named.role, named.id) != (consortium, role, config.id):
-            raise ServiceError(
-                Reason.NOT_PERMITTED,
-                f"it names {named.role.value} {named.id} of {named.consortium}, not {role.value} {config.id} of "
-                f"{consortium}: issue it with `wardround site renew`",
-            )
-        if member is not None:
-            check_leaf(leaf, [member[1].tls_root.encode()], now_ms)
+    files = LeafFiles(config.tls.certificate, config.tls.key)
+    if charter is None:
+        leaf = x509.load_pem_x509_certificate(LeafWatch(files).current().certificate)
+    else:
+        leaf = check_own_leaf(files, role, config.id, charter, now_ms)
     ends, begins = leaf.not_valid_after_utc.timestamp(), leaf.not_valid_before_utc.timestamp()
     left = ends - now_ms / 1000
     words = f"valid for {left / 86400:.1f} more days"
@@ -186,17 +176,9 @@ def _policy(path: Path, id: str) -> str:
 def _data(folder: Path, study: Path | None) -> str:
     if study is not None:
         return _dataset(folder, load_study(read(study), study.name))
-    table = folder / "metadata.csv"
-    advice = "it must be a readable CSV: mount the data, or correct `data`"
-    with _touching(table, advice), table.open(newline="", encoding="utf-8-sig") as source:
-        reader = csv.DictReader(source)
-        rows = sum(1 for _ in reader)
-        columns = set(reader.fieldnames or ())
-    if "path" not in columns or not columns & {"label", "dx"} or rows == 0:
-        raise ServiceError(
-            Reason.INVALID_DATA, f"{table} needs the columns path and label (or dx), and rows: see docs/documents.md"
-        )
-    return f"{rows} images in {table}; add --study to check every row"
+    from services.hospital_node.dataset import check_folder
+
+    return f"{check_folder(folder)} images in {folder}; add --study to check every row"
 
 
 def _dataset(folder: Path, study: LoadedStudy) -> str:

@@ -14,11 +14,14 @@ from services.common.clock import SystemClock
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.site import load_signer
 from services.common.errors import Reason, ServiceError
+from services.common.ids import Role
 from services.common.observe.http import Health, serve_http
+from services.common.observe.last_words import refused
 from services.common.observe.logs import configure
-from services.common.observe.process import announce
+from services.common.observe.process import announce, certificate_now
 from services.common.rpc.certificates import server_name
 from services.common.rpc.channel import Caller, dial
+from services.common.rpc.leaf import check_own_leaf
 from services.common.rpc.unix import serve_admin
 from services.common.secagg.signing import Signer
 from services.common.store.blobs import BlobStore
@@ -45,20 +48,20 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read once, when torch is first imported
         return run(config, open_trainer)
     except ServiceError as error:
-        print(f"hospital node: {error.detail}", file=sys.stderr)
-        return 2
+        return refused("hospital node", error)
 
 
 def open_trainer(config: HospitalConfig) -> Trainer:
-    """The trainer over the site's images; torch is imported here."""
-    table = config.data / "metadata.csv"
-    if not table.is_file():
-        raise ServiceError(Reason.INVALID_DATA, f"{table} is missing: `data` must name the folder that holds it")
-    from services.hospital_node.trainer import SiteTrainer
-    from services.hospital_node.training import Compute
+    """The trainer over the site's images; torch is imported here. Raises INVALID_DATA, NOT_FOUND for a missing GPU."""
+    from services.hospital_node.dataset import check_folder
 
-    backbones = None if config.backbones is None else config.backbones
-    return SiteTrainer(config.data, config.state, Compute(config.device, config.threads, backbones))
+    check_folder(config.data)
+    from services.hospital_node.trainer import SiteTrainer
+    from services.hospital_node.training import Compute, open_device
+
+    compute = Compute(config.device, config.threads, config.backbones)
+    open_device(compute)
+    return SiteTrainer(config.data, config.state, compute)
 
 
 def run(
@@ -67,13 +70,18 @@ def run(
     checkpoint: Callable[[str], None] = lambda name: None,
 ) -> int:
     """Open everything, work until SIGTERM, close everything. Raises ServiceError before the work begins."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # before torch is imported: process 1 else ignores them
+        signal.signal(number, lambda *_: sys.exit(0))
     configure("hospital", config.id, config.log_level)
-    documents = SiteDocuments(config)
+    documents, clock = SiteDocuments(config), SystemClock()
     charter = next(iter(documents.charters().values()))
     documents.policy()
     signer = own_signer(config.identity_key, charter, config.id)
+    check_own_leaf(leaf_files(config), Role.HOSPITAL, config.id, charter, clock.now_ms())
     store = Store(config.state)
-    health = Health(["store", "loop"])
+    trainer = make_trainer(config)
+    health = Health(["store", "certificate", "loop"])
+    health.look("certificate", lambda: certificate_now(config.tls.certificate, clock.now_ms()))
     http = serve_http(config.http, health, config.state / "http.address")
     announce("hospital", config.id, config.tls.certificate)
     board = StatusBoard(config.id)
@@ -91,8 +99,8 @@ def run(
         client=client,
         store=store,
         models=BlobStore(config.state / "models"),
-        trainer=make_trainer(config),
-        clock=SystemClock(),
+        trainer=trainer,
+        clock=clock,
         report=report,
         checkpoint=checkpoint,
     )

@@ -9,8 +9,10 @@ import csv
 import hashlib
 import hmac
 import logging
+import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
@@ -131,6 +133,22 @@ def load_dataset(folder: Path, classes: Sequence[str], image_size: int, state: P
     return Dataset(folder, state, tuple(classes), image_size, unit, tuple(r.path for r in rows), labels, folds)
 
 
+def check_folder(folder: Path) -> int:
+    """What can be known before any study: the table's columns, and that this user may read it and its first image.
+
+    Returns the number of rows. Raises INVALID_DATA.
+    """
+    table, rows = folder / METADATA, 0
+    with _opened(table) as reader:
+        _check_columns(table, list(reader.fieldnames or ()))
+        for rows, cells in enumerate(reader, 1):
+            if rows == 1:
+                decode_image(_image_path(folder, cells["path"] or "", f"{table} line {reader.line_num}"), 16)
+    if not rows:
+        raise _no_rows(table)
+    return rows
+
+
 def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
     """(size, size, 3) RGB, squeezed to a square so that no part of a lesion is cut off. Raises INVALID_DATA."""
     try:
@@ -163,41 +181,50 @@ def split_key(state: Path) -> bytes:
 def _read_rows(folder: Path, classes: list[str]) -> tuple[list[_Row], str]:
     """All rows, checked, and the unit's word."""
     table = folder / METADATA
+    with _opened(table) as reader:
+        columns = list(reader.fieldnames or ())
+        patient_column, unit = _check_columns(table, columns)
+        label_column = "label" if "label" in columns else "dx"
+        rows: list[_Row] = []
+        seen: dict[tuple[str, str], int] = {}
+        for cells in reader:
+            at = f"{table} line {reader.line_num}"
+            if None in cells or None in cells.values():
+                raise _invalid(f"{at}: it has not {len(columns)} cells as the first line says: mend the row")
+            path = _image_path(folder, cells["path"], at)
+            for what, value in (("image_id", cells["image_id"]), ("path", str(path.resolve()))):
+                first = seen.setdefault((what, value), reader.line_num)
+                if first != reader.line_num:
+                    raise _invalid(f"{at}: {what} {value!r} stands in line {first} already: remove one of them")
+            rows.append(
+                _Row(
+                    reader.line_num,
+                    path,
+                    _patient(cells[patient_column], patient_column, at),
+                    _label(cells[label_column], classes, at),
+                    _fold_word(cells["fold"], at) if "fold" in columns else None,
+                )
+            )
+    if not rows:
+        raise _no_rows(table)
+    return rows, unit
+
+
+@contextmanager
+def _opened(table: Path) -> Iterator["csv.DictReader[str]"]:
+    """The table; whatever keeps this user from reading it is INVALID_DATA with the next step."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as source:
-            reader = csv.DictReader(source, strict=True)
-            columns = list(reader.fieldnames or ())
-            patient_column, unit = _check_columns(table, columns)
-            label_column = "label" if "label" in columns else "dx"
-            rows: list[_Row] = []
-            seen: dict[tuple[str, str], int] = {}
-            for cells in reader:
-                at = f"{table} line {reader.line_num}"
-                if None in cells or None in cells.values():
-                    raise _invalid(f"{at}: it has not {len(columns)} cells as the first line says: mend the row")
-                path = _image_path(folder, cells["path"], at)
-                for what, value in (("image_id", cells["image_id"]), ("path", str(path.resolve()))):
-                    first = seen.setdefault((what, value), reader.line_num)
-                    if first != reader.line_num:
-                        raise _invalid(f"{at}: {what} {value!r} stands in line {first} already: remove one of them")
-                rows.append(
-                    _Row(
-                        reader.line_num,
-                        path,
-                        _patient(cells[patient_column], patient_column, at),
-                        _label(cells[label_column], classes, at),
-                        _fold_word(cells["fold"], at) if "fold" in columns else None,
-                    )
-                )
+            yield csv.DictReader(source, strict=True)
     except FileNotFoundError:
         raise _invalid(
-            f"{table} is missing: write one row for each image (image_id, path, patient_id, label)"
+            f"{table} is missing: `data` must name the folder that holds it, with one row for each image "
+            "(image_id, path, patient_id, label)"
         ) from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise _unreadable_for_us(table, error) from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise _invalid(f"{table} cannot be read ({error}): save it as CSV in UTF-8") from None
-    if not rows:
-        raise _invalid(f"{table} has no rows: write one for each image")
-    return rows, unit
 
 
 def _check_columns(table: Path, columns: list[str]) -> tuple[str, str]:
@@ -246,6 +273,8 @@ def _image_path(folder: Path, cell: str, at: str) -> Path:
     path = folder / written
     try:
         real = path.resolve(strict=True)
+    except PermissionError as error:
+        raise _unreadable_for_us(path, error) from None
     except (OSError, ValueError):
         raise _invalid(f"{at}: the image {path} is missing: put it there or remove the row") from None
     if not real.is_file() or not real.is_relative_to(folder.resolve()):
@@ -284,7 +313,20 @@ def _fold(images: list[list[int]], labels: NDArray[np.int64]) -> Fold:
     return Fold(every, votes, truth)
 
 
+def _no_rows(table: Path) -> ServiceError:
+    return _invalid(f"{table} has no rows: write one for each image")
+
+
+def _unreadable_for_us(path: Path, error: OSError) -> ServiceError:
+    return _invalid(
+        f"{path} cannot be read ({error.strerror}): let user {os.getuid()} read it (in Kubernetes: the volume's owner, "
+        "or fsGroup)"
+    )
+
+
 def _unreadable(path: Path, error: Exception) -> ServiceError:
+    if isinstance(error, PermissionError):
+        return _unreadable_for_us(path, error)
     return _invalid(f"the image {path} cannot be decoded ({error}): replace it or remove its row in {METADATA}")
 
 

@@ -11,12 +11,14 @@ from services.common.clock import SystemClock
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.site import PinnedCharters, load_signer
 from services.common.errors import ServiceError
+from services.common.ids import Role
 from services.common.observe import logs, process
 from services.common.observe.harden import harden
 from services.common.observe.http import Health, serve_http
+from services.common.observe.last_words import refused
 from services.common.rpc.certificates import server_name
 from services.common.rpc.channel import Caller, dial
-from services.common.rpc.leaf import LeafFiles
+from services.common.rpc.leaf import LeafFiles, check_own_leaf
 from services.common.rpc.unix import serve_admin
 from services.common.secagg.roster import Roster
 from services.keyshare.admin import Administration
@@ -41,8 +43,7 @@ def main() -> int:
     try:
         run(load_config(arguments.config), stop)
     except ServiceError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return refused("key-share pod", error)
     return 0
 
 
@@ -51,7 +52,8 @@ def run(config: PodConfig, stop: threading.Event) -> None:
     logs.configure("pod", config.id, config.log_level)
     process.announce("pod", config.id, config.tls.certificate)
     pinned, state = PinnedCharters(config, lambda roster: roster.pod_index(config.id)), config.state
-    charters = pinned.read()
+    charters, leaf, clock = pinned.read(), LeafFiles(config.tls.certificate, config.tls.key), SystemClock()
+    check_own_leaf(leaf, Role.POD, config.id, charters[0], clock.now_ms())
     demo = all(charter.document.demo for charter in charters)
     if not harden(demo):
         _log.warning("memory is not locked; this machine has no swap, or the charter is a demo")
@@ -59,13 +61,13 @@ def run(config: PodConfig, stop: threading.Event) -> None:
         _log.warning("DEMO charter: the store, swap and organisation rules are lifted")
     store = CustodyStore(state, demo)
     try:
-        pod = Pod(config.id, load_signer(config.identity_key), store, _rosters(charters), SystemClock())
+        pod = Pod(config.id, load_signer(config.identity_key), store, _rosters(charters), clock)
         aggregator = charters[0].document.aggregator
         name, root = server_name(aggregator.id, charters[0].document.consortium), aggregator.tls_root.encode()
-        leaf = LeafFiles(config.tls.certificate, config.tls.key)
         caller = Caller(lambda pair: dial(config.aggregator, name, pair, root, config.proxy), leaf)
         client, administration = Client(pod, caller, stop), Administration(pod)
         health = Health(["store", "certificate"])
+        health.look("certificate", lambda: process.certificate_now(config.tls.certificate, clock.now_ms()))
         servicers = [(add_AdministrationServiceServicer_to_server, administration)]
         admin = serve_admin(servicers, config.admin_socket, max_workers=4)
         http = serve_http(config.http, health, state / "http.address")
@@ -73,7 +75,7 @@ def run(config: PodConfig, stop: threading.Event) -> None:
         worker.start()
         health.start()
         while not stop.wait(_TICK_SECONDS) and worker.is_alive():
-            _tick(pod, pinned, client, health, config)
+            _tick(pod, pinned, client, health)
             administration.show()
         if not stop.is_set():
             raise RuntimeError("the connection loop has ended by itself")
@@ -86,15 +88,13 @@ def run(config: PodConfig, stop: threading.Event) -> None:
         store.close()
 
 
-def _tick(pod: Pod, pinned: PinnedCharters, client: Client, health: Health, config: PodConfig) -> None:
-    """Keys expire, charters and the leaf are read again."""
+def _tick(pod: Pod, pinned: PinnedCharters, client: Client, health: Health) -> None:
+    """Keys expire, charters are read again."""
     try:
         pod.expire()
         health.set("store", True, f"{len(pod.state.records)} studies")
     except ServiceError as error:
         health.set("store", False, error.detail)
-    begin, end = process.certificate_validity(config.tls.certificate)
-    health.set("certificate", begin <= pod.clock.now_ms() / 1000 <= end, "the TLS leaf's validity")
     try:
         rosters = _rosters(pinned.read())
         health.note("charters", None)

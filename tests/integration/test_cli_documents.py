@@ -18,6 +18,7 @@ from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
 from services.common.documents.study import load_study
 from services.common.documents.words import words_of
+from tests.support.sites import write_image
 
 Run = Callable[..., str]
 PODS = ("ash", "birch", "cedar", "elm")
@@ -251,7 +252,7 @@ def make_config(consortium: Path, folder: Path) -> Path:
     ]  # fmt: skip
     for step in steps:
         assert main([str(word) for word in step]) == 0
-    (folder / "data").mkdir()
+    write_image(folder / "data" / "a.png", 50)
     (folder / "data" / "metadata.csv").write_text("image_id,path,patient_id,label\na,a.png,p1,benign\n")
     config = folder / "hospital.yaml"
     config.write_text(

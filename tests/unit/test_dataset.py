@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from services.common.errors import Reason, ServiceError
-from services.hospital_node.dataset import SPLITS, decode_image, load_dataset
+from services.hospital_node.dataset import SPLIT_KEY, SPLITS, decode_image, load_dataset
 from tests.support.sites import CLASSES, COLUMNS, SIZE, small_site, write_image, write_table
 
 
@@ -89,6 +89,8 @@ def test_lesion_stands_in_for_patient_and_image_for_lesion_with_a_warning(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(folder, GOOD, ("image_id", "path", "lesion_id", "dx"))
+    (folder.parent / "state").mkdir()
+    (folder.parent / "state" / SPLIT_KEY).write_bytes(bytes(32))  # a drawn one leaves no lesion to train on at times
     lesions = load_dataset(folder, CLASSES, SIZE, folder.parent / "state")
     assert lesions.unit == "lesion"
     assert sum(len(lesions.fold(s)) for s in SPLITS) == 2

@@ -14,6 +14,7 @@ from pydantic import Field
 from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.pin import load_pin, select
 from services.common.documents.strict import Section, refuse
+from services.common.errors import ServiceError
 from services.common.secagg.roster import Roster
 from services.common.secagg.signing import Signer
 
@@ -29,7 +30,9 @@ class SiteConfig(Section):
     """The keys that all roles share. Paths are relative to the working directory."""
 
     id: str = Field(description="this site's id in the charter")
-    charters: tuple[Path, ...] = Field(min_length=1, max_length=8, description="charter files, current and next")
+    charters: tuple[Path, ...] = Field(
+        min_length=1, max_length=8, description="charter files, current and next; the next one may arrive later"
+    )
     pins: Path = Field(description="pin.yaml, as `wardround charter verify` writes it")
     identity_key: Path = Field(description="PEM file (PKCS8) of the Ed25519 identity key")
     tls: TlsSection
@@ -77,15 +80,25 @@ class PinnedCharters:
         self._found: tuple[LoadedCharter, ...] = ()
 
     def read(self) -> tuple[LoadedCharter, ...]:
-        """The current charter, then the pinned next one. Raises INVALID_DOCUMENT, and what `check` raises."""
+        """The current charter, then the pinned next one. A file that is not there yet is passed over.
+
+        Raises INVALID_DOCUMENT, and what `check` raises, naming the file.
+        """
         config = self._config
-        blobs = [read(path) for path in (config.pins, *config.charters)]
+        paths = [path for path in config.charters if path.exists()]
+        blobs = [read(path) for path in (config.pins, *paths)]
         if blobs != self._blobs:
-            pin = load_pin(blobs[0], config.pins.name)
-            named = zip(blobs[1:], config.charters, strict=True)
-            pinned = select(pin, [load_charter(blob, path.name) for blob, path in named])
+            loaded = [load_charter(blob, path.name) for blob, path in zip(blobs[1:], paths, strict=True)]
+            pinned = select(load_pin(blobs[0], config.pins.name), loaded)
             found = (pinned.current,) if pinned.next is None else (pinned.current, pinned.next)
             for charter in found:
-                self._check(charter.roster)
+                try:
+                    self._check(charter.roster)
+                except ServiceError as error:
+                    raise ServiceError(
+                        error.reason,
+                        f"{paths[loaded.index(charter)]}: {error.detail}: correct `id`, or send this site's join.yaml "
+                        "to the charter's drafter",
+                    ) from None
             self._blobs, self._found = blobs, found
         return self._found

@@ -1,7 +1,7 @@
 """The plain HTTP port of every role (9464): /startupz /readyz /livez /metrics."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +20,7 @@ class Health:
         self._lock = threading.Lock()
         self._started = False
         self._conditions = dict.fromkeys(conditions, (False, "not yet"))
+        self._looks: dict[str, Callable[[], tuple[bool, str]]] = {}
         self._notes: dict[str, str] = {}
 
     def start(self) -> None:
@@ -33,6 +34,13 @@ class Health:
             if condition not in self._conditions:
                 raise KeyError(condition)
             self._conditions[condition] = (met, text)
+
+    def look(self, condition: str, at: Callable[[], tuple[bool, str]]) -> None:
+        """Ask `at` for (met, text) at every probe: for what changes by itself, as a certificate's validity does."""
+        with self._lock:
+            if condition not in self._conditions:
+                raise KeyError(condition)
+            self._looks[condition] = at
 
     def note(self, name: str, text: str | None) -> None:
         """A sentence in /readyz that changes nothing else (a refused plan, say); None takes it away."""
@@ -49,9 +57,12 @@ class Health:
     def ready(self) -> tuple[bool, str]:
         """Whether all conditions hold, with one line for each and for each note."""
         with self._lock:
-            lines = [f"{'ok' if met else 'NOT'} {name}: {text}" for name, (met, text) in self._conditions.items()]
-            lines += [f"note {name}: {text}" for name, text in self._notes.items()]
-            met = self._started and all(met for met, _ in self._conditions.values())
+            conditions, looks = dict(self._conditions), dict(self._looks)
+            notes, started = list(self._notes.items()), self._started
+        conditions.update({name: look() for name, look in looks.items()})
+        lines = [f"{'ok' if met else 'NOT'} {name}: {text}" for name, (met, text) in conditions.items()]
+        lines += [f"note {name}: {text}" for name, text in notes]
+        met = started and all(met for met, _ in conditions.values())
         return met, "\n".join([*lines, "ready" if met else "not ready", ""])
 
 
@@ -88,7 +99,14 @@ def serve_http(
         ) from error
     running = HttpServer(server)
     if address_file is not None:
-        address_file.write_text(running.address)
+        try:
+            address_file.write_text(running.address)
+        except OSError as error:
+            running.stop()
+            raise ServiceError(
+                Reason.STORAGE,
+                f"{address_file} was not written ({error.strerror}): free or enlarge the volume, or mend its owner",
+            ) from error
     return running
 
 

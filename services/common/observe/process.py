@@ -2,6 +2,7 @@
 
 import math
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def announce(role: str, id: str, certificate: Path) -> None:
     _BUILD.labels(role, id, package_version(), platform.python_version()).set(1)
     _EXPIRY.set_function(lambda: certificate_validity(certificate)[1])
     _START.set_function(lambda: certificate_validity(certificate)[0])
+
+
+def certificate_now(certificate: Path, now_ms: int) -> tuple[bool, str]:
+    """Whether the leaf is valid at `now_ms`, and a sentence: what every role's readiness looks at."""
+    begin, end = certificate_validity(certificate)
+    if math.isnan(end):
+        return False, f"{certificate} cannot be read: put the leaf there, it is read again by itself"
+    edges = [datetime.fromtimestamp(edge, UTC).strftime("%Y-%m-%dT%H:%MZ") for edge in (begin, end)]
+    if begin <= now_ms / 1000 <= end:
+        return True, f"valid until {edges[1]}"
+    return False, (
+        f"{certificate} is valid from {edges[0]} to {edges[1]}, not now: renew it with `wardround site renew` "
+        "(or set the clock); it is read again by itself"
+    )
 
 
 def certificate_validity(certificate: Path) -> tuple[float, float]:

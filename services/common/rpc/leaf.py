@@ -8,7 +8,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from services.common.documents.charter import LoadedCharter
 from services.common.errors import Reason, ServiceError
+from services.common.ids import Role
+from services.common.rpc.certificates import check_leaf, identity_of
 
 _log = logging.getLogger(__name__)
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -51,6 +54,29 @@ class LeafWatch:
             except ServiceError as error:
                 _log.warning("the TLS leaf on disk is not usable yet, the old one stays: %s", error.detail)
             return self._leaf
+
+
+def check_own_leaf(files: LeafFiles, role: Role, id: str, charter: LoadedCharter, now_ms: int) -> x509.Certificate:
+    """The site's own leaf, if peers that hold `charter` will take it at `now_ms`.
+
+    Raises INVALID_DOCUMENT or NOT_PERMITTED naming the file: unreadable, another's name, another root, not valid now.
+    """
+    leaf = x509.load_pem_x509_certificate(LeafWatch(files).current().certificate)
+    try:
+        named, consortium = identity_of(leaf), charter.document.consortium
+        if (named.consortium, named.role, named.id) != (consortium, role, id):
+            raise ServiceError(
+                Reason.NOT_PERMITTED,
+                f"it names {named.role.value} {named.id} of {named.consortium}, not {role.value} {id} of "
+                f"{consortium}: issue it with `wardround site renew`",
+            )
+        found = charter.find(id)
+        if found is None or found[0] is not role:
+            raise ServiceError(Reason.UNKNOWN_MEMBER, f"the charter does not list {role.value} {id}")
+        check_leaf(leaf, [found[1].tls_root.encode()], now_ms)
+    except ServiceError as error:
+        raise ServiceError(error.reason, f"{files.certificate}: {error.detail}") from None
+    return leaf
 
 
 def _stamp(files: LeafFiles) -> _Stamp:

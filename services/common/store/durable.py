@@ -8,25 +8,29 @@ from pathlib import Path
 
 from services.common.errors import Reason, ServiceError
 
-_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_DISK_FAULTS = _DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
 def storing(what: str) -> Iterator[None]:
-    """Turn a full or failing disk inside the block into STORAGE; `what` names the thing being written."""
+    """Turn a full, failing or forbidden disk inside the block into STORAGE; `what` names the thing being written."""
     try:
         yield
     except OSError as error:
         if error.errno in _DISK_FAULTS:
-            raise storage_error(what, os.strerror(error.errno or 0)) from error
+            raise storage_error(what, os.strerror(error.errno), denied=error.errno in _DENIED) from error
         raise
 
 
-def storage_error(what: str, cause: str) -> ServiceError:
-    """A STORAGE refusal that says what was not written and what to do."""
-    return ServiceError(
-        Reason.STORAGE, f"{what} was not written ({cause}): nothing half-written is left; free or enlarge the volume"
+def storage_error(what: str, cause: str, denied: bool = False) -> ServiceError:
+    """A STORAGE refusal that says what was not written and what to do; `denied`: this user may not write there."""
+    step = (
+        f"let user {os.getuid()} write there (in Kubernetes: a volume that is not read-only, and fsGroup)"
+        if denied
+        else "free or enlarge the volume"
     )
+    return ServiceError(Reason.STORAGE, f"{what} was not written ({cause}): nothing half-written is left; {step}")
 
 
 def sync_folder(folder: Path) -> None:
