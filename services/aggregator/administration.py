@@ -1,6 +1,5 @@
 """What the site's operators ask: the status, once or at every change, and the evidence."""
 
-import json
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -10,8 +9,6 @@ from services.aggregator.evidence import File
 from services.aggregator.round import Phase
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.feed import Feed
-from services.common.secagg import blob as codec
-from services.common.secagg.messages import Result
 from wardround.admin.v1 import admin_pb2, admin_pb2_grpc
 
 _BLOCK = 1 << 20
@@ -84,17 +81,9 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
             hospitals_submitted=len(state.submissions),
             pods_live=snapshot.pods,
             detail=snapshot.waiting or f"round {state.round} of {plan.target}: {state.phase.value}",
-            figures=self._figures(snapshot),
+            figures=run.figures,
             finished=state.phase is Phase.FINISHED,
         )
-
-    def _figures(self, snapshot: Snapshot) -> dict[str, float]:
-        """The newest released figure of each name."""
-        found: dict[str, float] = {}
-        for link in snapshot.run.links:
-            released = json.loads(codec.decode(Result, link.result.blob).released)
-            found.update(released["figures"])
-        return found
 
 
 def _stream(path: str, file: File) -> Iterator[admin_pb2.ExportEvidenceResponse]:

@@ -147,8 +147,6 @@ def _judge(
         passed = state.gated.figure if state.gated is not None else None
         verdict = gate.judge(figures.get(metric), passed, document.gate.largest_drop, metric)
         metrics.GATE.labels("kept" if verdict.keep else "rolled_back").inc()
-    for name, value in figures.items():
-        metrics.QUALITY.labels(name).set(value)
     return figures, sums, verdict
 
 

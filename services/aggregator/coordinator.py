@@ -95,9 +95,11 @@ class Coordinator:
         self._awake = self.now()
         self.run.scrub()
         self._thread.start()
+        metrics.LOOK.watch(self._show)
 
     def stop(self) -> None:
         """Store what is left and end."""
+        metrics.LOOK.forget(self._show)
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -273,7 +275,6 @@ class Coordinator:
                 self._snapshot = now
                 for told in list(self._watchers.values()):
                     told(self._snapshot)
-        self._show()
         relay = run.state.phase in (Phase.IDLE, Phase.TRAINING)
         asked = orders(run.state, run.rules, run.study.digest, run.total_bytes, held)
         return self.committee.send(asked, run.rules.roster, self.now(), relay)
@@ -284,14 +285,13 @@ class Coordinator:
         return Snapshot(run, run.state, self._plan, run.closed_round, run.waiting, pods, len(reports))
 
     def _show(self) -> None:
-        run, state = self.run, self.run.state
-        metrics.show_phase(state.phase)
-        metrics.ROUND.set(state.round)
-        metrics.TARGET.set(self._plan.target)
-        metrics.MODEL_VERSION.set(state.version)
-        metrics.SUBMITTED.set(len(state.submissions))
+        """For scrapers, in their threads: from the published state."""
+        shown = self._snapshot
+        run, roster = shown.run, shown.run.rules.roster
+        metrics.show_study(run.study, run.figures)
+        metrics.show_state(shown.state)
+        metrics.show_history(roster, shown.state, run.cohort, run.newest)
+        metrics.show_members(roster, run.charters(), self.committee.reports(), self.enrolment.reports())
+        metrics.TARGET.set(shown.plan.target)
         metrics.COHORT_MINIMUM.set(run.rules.minimum)
-        metrics.PODS_QUORUM.set(run.rules.roster.committee.quorum)
-        metrics.PODS_LIVE.set(self._snapshot.pods)
-        metrics.ENROLLED.set(self._snapshot.hospitals)
-        metrics.show_charters(run.charters(), self.committee.reports(), self.enrolment.reports())
+        metrics.PODS_LIVE.set(shown.pods)

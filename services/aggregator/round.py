@@ -27,7 +27,7 @@ from services.common.secagg.messages import MAX_ATTEMPT, AbandonCertificate, Coh
 from services.common.secagg.roster import Roster
 from services.common.secagg.signing import digest
 
-__all__ = ["ALLOWED", "Answer", "Phase", "Rules", "State", "Tick", "alarms", "decide", "evolve", "subject"]
+__all__ = ["ALLOWED", "Answer", "Phase", "Rules", "State", "Tick", "alarms", "decide", "ends", "evolve", "subject"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,19 @@ def alarms(state: State, rules: Rules, awake: int = 0) -> tuple[int, ...]:
         return (state.deadline,)
     since = max(state.entered, awake)
     return (since + rules.grace_ms, since + rules.patience_ms, state.expires)
+
+
+def ends(state: State) -> int:
+    """When the present phase should be over at the latest (Unix ms), 0 where it may last for ever."""
+    match state.phase:
+        case Phase.IDLE | Phase.FINISHED:
+            return 0
+        case Phase.TRAINING:
+            return state.train_until
+        case Phase.COLLECTING:
+            return state.deadline
+        case _:
+            return state.expires
 
 
 def decide(state: State, rules: Rules, command: "f.Fact | Answer | Tick") -> tuple[f.Fact, ...]:

@@ -4,6 +4,7 @@ Used by the coordinator's thread; `conclude` and the cached look-ups also by oth
 disk by `unstored`; `Coordinator` publishes nothing before `store_facts`.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
 from services.common.secagg.certificate import CheckedManifest, check_manifest
 from services.common.secagg.encoding import LaneTable
-from services.common.secagg.messages import OUTCOME_ACCEPTED, Core, Proposal, Signed
+from services.common.secagg.messages import OUTCOME_ACCEPTED, Core, Proposal, Result, Signed
 from services.common.secagg.signing import Signer
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ class StudyRun:
         self.models: set[bytes] = {bytes.fromhex(self.study.document.model.initial)}
         self.unstored: list[f.Fact] = []
         self.closed_round = 0
+        self.figures: dict[str, float] = {}  # newest released ones by name
+        self.cohort: tuple[str, ...] = ()  # the newest
+        self.newest: dict[tuple[str, str], int] = {}  # (role, member) → round whose cohort it was in, or locked
         stored = self._store.facts(self.study.digest)
         for fact in stored:
             self._fold(fact)
@@ -214,8 +218,14 @@ class StudyRun:
                 self.links.append(Link(state.round, fact.result, state.manifest, endorsements, state.certificate))
                 self.models.add(fact.model)
                 self.closed_round = state.round
+                self.figures = self.figures | json.loads(codec.decode(Result, fact.result.blob).released)["figures"]
             case f.Stalled():
                 self.closed_round = state.round
+            case f.CohortFixed():
+                self.cohort = fact.members
+                self.newest = self.newest | {("hospital", hospital): state.round for hospital in fact.members}
+            case f.Locked():
+                self.newest = {**self.newest, ("pod", fact.pod): state.round}
 
     def _measure(self, before: State, fact: f.Fact) -> None:
         state = self.state
@@ -228,6 +238,8 @@ class StudyRun:
         match fact:
             case f.Proposed():
                 metrics.ATTEMPTS.inc()
+            case f.Declined():
+                metrics.DECLINED.labels(fact.reason).inc()
             case f.AbandonDecided():
                 metrics.ATTEMPTS_ENDED.labels("abandoned").inc()
             case f.AttemptFailed():
@@ -237,8 +249,7 @@ class StudyRun:
             case f.Concluded():
                 metrics.ROUNDS.labels("accepted" if fact.outcome == OUTCOME_ACCEPTED else "rejected").inc()
             case f.CohortFixed():
-                metrics.COHORT.set(len(fact.members))
-                metrics.DROPPED.inc(len(state.submissions) - len(fact.members))
+                metrics.count_dropped(state, fact, self.rules.roster)
                 for hospital, pod in fact.left_out:
                     _log.warning("left out of the cohort", extra={"hospital": hospital, "pod": pod})
             case f.Verified():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from services.common.clock import SystemClock
 from services.common.errors import Reason, ServiceError
@@ -17,6 +17,7 @@ from services.common.ids import Role
 from services.common.observe.http import Health, HttpServer, serve_http
 from services.common.observe.logs import JsonLines, configure
 from services.common.observe.process import announce, certificate_validity
+from services.common.observe.scrape import Look
 from tests.support.tls import make_consortium
 
 
@@ -126,3 +127,20 @@ def test_what_json_cannot_carry_is_written_as_text() -> None:
     record = logging.makeLogRecord({"msg": "m", "path": Path("/x"), "created": 0.0})
     line = json.loads(JsonLines("pod", "pod-a").format(record))
     assert (line["path"], line["time"]) == ("/x", "1970-01-01T00:00:00.000+00:00")
+
+
+def test_what_is_read_at_a_scrape_is_what_is_true_then() -> None:
+    registry = CollectorRegistry()
+    look = Look(registry)
+    gauge = Gauge("wardround_test_now", "x", registry=registry)
+    now = iter([1, 2])
+
+    def read() -> None:
+        gauge.set(next(now))
+
+    look.watch(read)
+    assert [registry.get_sample_value("wardround_test_now") for _ in range(3)] == [1, 2, 2]  # the third look fails
+    look.forget(gauge.inc)
+    look.forget(read)
+    gauge.set(7)
+    assert registry.get_sample_value("wardround_test_now") == 7

@@ -26,6 +26,11 @@ def package_version() -> str:
         return "unknown"
 
 
+def short(digest: bytes) -> str:
+    """A digest as labels and people name it: the first twelve hex digits of what sha256sum prints."""
+    return digest.hex()[:12]
+
+
 def announce(role: str, id: str, certificate: Path) -> None:
     """Set the build info, and let every scrape read the certificate file's validity afresh."""
     _BUILD.labels(role, id, package_version(), platform.python_version()).set(1)
