@@ -1,7 +1,8 @@
 """Figures from released sums, and the verdict on a model (privacy.md §6). Pure.
 
-Under DP the sums carry noise: negative or too large counts are clamped, a class without a positive total is left
-out. The figures are post-processing and cost no privacy.
+Under DP the sums carry noise of mean 0: single counts are used as they came, negative ones too, because clamping
+each of many near-empty bins would add up to a bias (an AUC that leans to 0.5). Only a share or a figure is brought
+back into [0, 1], and a class without a positive total is left out. Post-processing: it costs no privacy.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ F64 = npt.NDArray[np.float64]
 
 def accuracy(hits: Sequence[float], totals: Sequence[float]) -> float | None:
     """Share of all patients whose class was found; None without any."""
-    total = sum(max(0.0, t) for t in totals)
-    return min(1.0, max(0.0, sum(max(0.0, h) for h in hits)) / total) if total > 0 else None
+    total = sum(totals)
+    return min(1.0, max(0.0, sum(hits) / total)) if total > 0 else None
 
 
 def balanced_accuracy(hits: Sequence[float], totals: Sequence[float]) -> float | None:
@@ -27,13 +28,12 @@ def balanced_accuracy(hits: Sequence[float], totals: Sequence[float]) -> float |
 
 def area_under_curve(negatives: Sequence[float], positives: Sequence[float]) -> float | None:
     """AUC of one class from histograms of its score (bins ascending), a tie inside a bin counts half; None if empty."""
-    below = np.clip(np.asarray(negatives, np.float64), 0, None)
-    above = np.clip(np.asarray(positives, np.float64), 0, None)
-    pairs = float(below.sum() * above.sum())
-    if pairs <= 0:
+    below, above = np.asarray(negatives, np.float64), np.asarray(positives, np.float64)
+    if below.sum() <= 0 or above.sum() <= 0:
         return None
     smaller = np.concatenate([[0.0], np.cumsum(below)[:-1]])
-    return float((above * (smaller + below / 2)).sum() / pairs)
+    share = float((above * (smaller + below / 2)).sum() / (below.sum() * above.sum()))
+    return min(1.0, max(0.0, share))
 
 
 def macro_area_under_curve(histogram: F64) -> float | None:
@@ -51,7 +51,7 @@ def gate_figures(hits: Sequence[float], totals: Sequence[float]) -> dict[str, fl
 
 def final_figures(confusion: F64, histogram: F64) -> dict[str, float]:
     """The figures of the final evaluation from `confusion` (classes, classes; row = truth) and `histogram`."""
-    figures = gate_figures(np.diagonal(confusion).tolist(), np.clip(confusion, 0, None).sum(axis=1).tolist())
+    figures = gate_figures(np.diagonal(confusion).tolist(), confusion.sum(axis=1).tolist())
     auc = macro_area_under_curve(histogram)
     return figures if auc is None else {**figures, "macro_auc": auc}
 
