@@ -32,7 +32,7 @@ MEMORY_LIMIT = 512 * 2**20
 
 _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.1  # of what is not test
-_FOLD_WORDS: dict[str, Split] = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+FOLD_WORDS: dict[str, Split] = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 UNITS = (("patient_id", "patient"), ("lesion_id", "lesion"))
 
 _log = logging.getLogger(__name__)
@@ -154,12 +154,20 @@ def decode_image(path: Path, size: int) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))  # JPEG only: decode near the size that is needed
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = eight_bits(ImageOps.exif_transpose(image))
             if upright.size != (size, size):
                 upright = upright.resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(upright)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """RGB of any mode that Pillow reads: 16-bit grey is scaled, where Pillow's own convert would cut it off."""
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        return Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def split_key(state: Path) -> bytes:
@@ -260,15 +268,22 @@ def _label(cell: str, classes: list[str], at: str) -> int:
 
 
 def _fold_word(cell: str, at: str) -> Split:
-    if cell not in _FOLD_WORDS:
+    if cell not in FOLD_WORDS:
         raise _invalid(f"{at}: fold {cell!r} is not train, validation or test: correct it, or remove the whole column")
-    return _FOLD_WORDS[cell]
+    return FOLD_WORDS[cell]
+
+
+def written_path(cell: str) -> PurePosixPath | None:
+    """What a `path` cell says; None where it is empty, absolute, a Windows path or holds '..'."""
+    written = PurePosixPath(cell)
+    outside = not cell or written.is_absolute() or ".." in written.parts or PureWindowsPath(cell).drive or "\\" in cell
+    return None if outside else written
 
 
 def _image_path(folder: Path, cell: str, at: str) -> Path:
     """The file inside `folder`; links that lead out of it are refused like .. is."""
-    written = PurePosixPath(cell)
-    if not cell or written.is_absolute() or ".." in written.parts or PureWindowsPath(cell).drive or "\\" in cell:
+    written = written_path(cell)
+    if written is None:
         raise _invalid(f"{at}: path {cell!r} must be relative, inside {folder}, with / and without ..: correct it")
     path = folder / written
     try:
