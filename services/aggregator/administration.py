@@ -1,11 +1,13 @@
-"""What the site's operators ask: the status, once or at every change, and the evidence."""
+"""What the site's operators ask (the status, once or at every change, and the evidence) and bring (a model)."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import grpc
 
 from services.aggregator.coordinator import Coordinator, Snapshot
 from services.aggregator.evidence import File
+from services.aggregator.plan import Plans
 from services.aggregator.round import Phase
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.feed import Feed
@@ -23,12 +25,14 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
         coordinator: Coordinator,
         studies: Callable[[], list[bytes]],
         files: Callable[[bytes], Iterator[File]],
+        plans: Plans,
     ) -> None:
         """`studies` are those that ran here, `files` the evidence of one."""
         self._id = id
         self._coordinator = coordinator
         self._studies = studies
         self._files = files
+        self._plans = plans
 
     def GetStatus(  # noqa: N802, D102  # gRPC's names
         self, request: admin_pb2.GetStatusRequest, context: grpc.ServicerContext
@@ -68,6 +72,7 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
 
     def _status(self, snapshot: Snapshot) -> admin_pb2.Status:
         run, state, plan = snapshot.run, snapshot.state, snapshot.plan
+        now = snapshot.waiting or f"round {state.round} of {plan.target}: {state.phase.value}"
         return admin_pb2.Status(
             role="aggregator",
             id=self._id,
@@ -80,10 +85,27 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
             hospitals_enrolled=snapshot.hospitals,
             hospitals_submitted=len(state.submissions),
             pods_live=snapshot.pods,
-            detail=snapshot.waiting or f"round {state.round} of {plan.target}: {state.phase.value}",
+            detail="; ".join(filter(None, (now, self._plans.note))),
             figures=run.figures,
             finished=state.phase is Phase.FINISHED,
         )
+
+
+class PlanServicer(admin_pb2_grpc.PlanServiceServicer):
+    """Takes the initial model of a study that a plan names, then looks at the plan again."""
+
+    def __init__(self, coordinator: Coordinator, plans: Plans) -> None:
+        self._coordinator = coordinator
+        self._plans = plans
+
+    def PushModel(  # noqa: N802, D102  # gRPC's names
+        self, request: Iterator[admin_pb2.PushModelRequest], context: grpc.ServicerContext
+    ) -> admin_pb2.PushModelResponse:
+        first = next(request, admin_pb2.PushModelRequest())
+        chunks = (message.chunk for message in itertools.chain([first], request))
+        detail = self._plans.receive(first.digest, first.size, chunks)
+        self._coordinator.follow(self._plans.adopt())
+        return admin_pb2.PushModelResponse(detail=detail)
 
 
 def _stream(path: str, file: File) -> Iterator[admin_pb2.ExportEvidenceResponse]:

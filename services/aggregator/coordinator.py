@@ -69,8 +69,8 @@ class Enrolment:
 class Coordinator:
     """The thread. `tell` is for everybody else; watchers are told of every published change."""
 
-    def __init__(self, run: StudyRun, plan: Plan, clock: Clock, next_run: Callable[[], StudyRun]) -> None:
-        """`run` may be of an older plan with an open round; `next_run` makes that of `plan` once it is over."""
+    def __init__(self, run: StudyRun, plan: Plan, clock: Clock, next_run: Callable[[bytes], StudyRun]) -> None:
+        """`run` may be of an older plan with an open round; `next_run` makes that of the plan once it is over."""
         self.run = run
         self._next_run = next_run
         self.committee = Committee(self.poke)
@@ -114,6 +114,12 @@ class Coordinator:
     def now(self) -> int:
         """Unix milliseconds."""
         return self._clock.now_ms()
+
+    def follow(self, plan: Plan) -> None:
+        """Run `plan` from now on; an open round of another study ends first."""
+        with self._condition:
+            self._plan = plan
+        self.poke()
 
     def poke(self) -> None:
         """Something outside the log changed (a pod dialled, say): look again."""
@@ -226,7 +232,7 @@ class Coordinator:
             return found
         if run.state.phase in (Phase.IDLE, Phase.FINISHED) and run.study.digest != self._plan.study.digest:
             run.store_facts()
-            self.run = self._next_run()
+            self.run = self._next_run(self._plan.study.digest)
             return ()
         if run.state.phase is Phase.IDLE:
             opened = run.open_round(

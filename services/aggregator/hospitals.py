@@ -93,6 +93,8 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
 
     def _size(self, model: bytes) -> int:
         if model not in self._sizes:
+            if not self._store.blobs.has(model):  # an initial model that has not been pushed yet
+                return 0
             self._sizes = {model: self._store.blobs.path(model).stat().st_size}
         return self._sizes[model]
 

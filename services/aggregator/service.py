@@ -1,16 +1,15 @@
 """The aggregator put together: store, charters, plan, coordinator, servicers. `__main__` and tests start it here."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Self
 
-from services.aggregator.administration import Administration
+from services.aggregator.administration import Administration, PlanServicer
 from services.aggregator.charters import Charters
 from services.aggregator.config import Config
 from services.aggregator.coordinator import Coordinator
 from services.aggregator.evidence import File, evidence
 from services.aggregator.hospitals import ModelDistribution, RoundCoordination, Runs
-from services.aggregator.plan import adopt, adopted, stored_study
+from services.aggregator.plan import Plans, adopted, stored_study
 from services.aggregator.pods import KeyShare
 from services.aggregator.round import Phase
 from services.aggregator.store import Store
@@ -25,7 +24,10 @@ from services.common.observe.process import announce, certificate_now
 from services.common.rpc.leaf import LeafFiles, check_own_leaf
 from services.common.rpc.server import RunningServer, Servicer, serve
 from services.common.store.durable import replace_file
-from wardround.admin.v1.admin_pb2_grpc import add_AdministrationServiceServicer_to_server
+from wardround.admin.v1.admin_pb2_grpc import (
+    add_AdministrationServiceServicer_to_server,
+    add_PlanServiceServicer_to_server,
+)
 from wardround.keyshare.v1.keyshare_pb2_grpc import add_KeyShareServiceServicer_to_server
 from wardround.model.v1.model_pb2_grpc import add_ModelDistributionServiceServicer_to_server
 from wardround.round.v1.round_pb2_grpc import add_RoundCoordinationServiceServicer_to_server
@@ -60,11 +62,10 @@ class Aggregator:
         leaf = LeafFiles(config.tls.certificate, config.tls.key)
         check_own_leaf(leaf, Role.AGGREGATOR, config.id, pinned, self._clock.now_ms())
         health.look("certificate", lambda: certificate_now(leaf.certificate, self._clock.now_ms()))
-        plan = adopt(config, self.store, pinned, health)
-        if plan is None:
-            raise ServiceError(Reason.INVALID_DOCUMENT, "there is no plan to serve: " + health.ready()[1].strip())
+        self.plans = Plans(config, self.store, lambda: self.charters.pinned.current, health)
+        plan = self.plans.adopt()
         run = self._unfinished(plan.study.digest) or self._run(plan.study.digest)
-        self.coordinator = Coordinator(run, plan, self._clock, partial(self._run, plan.study.digest))
+        self.coordinator = Coordinator(run, plan, self._clock, self._run)
         health.set("log", True, f"{run.study.document.name}: round {run.state.round}, {run.state.phase.value}")
         members = len(pinned.document.pods) + len(pinned.document.hospitals)
         announce(Role.AGGREGATOR.value, config.id, config.tls.certificate)
@@ -123,11 +124,12 @@ class Aggregator:
     def _servicers(self) -> list[Servicer]:
         coordinator, store = self.coordinator, self.store
         runs = Runs(coordinator, self._run, store)
-        admin = Administration(self.config.id, coordinator, store.studies, self._evidence)
+        admin = Administration(self.config.id, coordinator, store.studies, self._evidence, self.plans)
         return [
             (add_RoundCoordinationServiceServicer_to_server, RoundCoordination(coordinator, store, runs)),
             (add_ModelDistributionServiceServicer_to_server, ModelDistribution(coordinator, store)),
             (add_UpdateSubmissionServiceServicer_to_server, UpdateSubmission(coordinator, store, self._signer)),
             (add_KeyShareServiceServicer_to_server, KeyShare(coordinator, store, self._pod_keys)),
             (add_AdministrationServiceServicer_to_server, admin),
+            (add_PlanServiceServicer_to_server, PlanServicer(coordinator, self.plans)),
         ]

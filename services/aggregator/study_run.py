@@ -14,7 +14,7 @@ from services.aggregator import facts as f
 from services.aggregator import metrics
 from services.aggregator.charters import Charters
 from services.aggregator.conclude import conclude
-from services.aggregator.plan import Plan
+from services.aggregator.plan import Plan, waiting_for
 from services.aggregator.round import Phase, Rules, State, evolve
 from services.aggregator.store import Store
 from services.common.documents.charter import LoadedCharter
@@ -166,6 +166,9 @@ class StudyRun:
             return None
         if datetime.fromtimestamp(at / 1000, UTC).date() > document.expires:
             self.waiting = f"study {document.name} expired on {document.expires}: roll out a new one"
+            return None
+        if not self._store.blobs.has(state.model or plan.initial):
+            self.waiting = waiting_for(plan.initial)
             return None
         charter = self._charters.in_force(state.charter, pods, hospitals)
         roster = charter.roster

@@ -195,16 +195,20 @@ def _study_and_model(config: Any, charter: LoadedCharter | None) -> str:
     study = load_study(read(config.study), config.study.name)
     if charter is not None:
         check_study(charter, study)
+    document = study.document
+    words = f"study {document.name}, {document.rounds} rounds, through round {config.target()}"
+    if config.initial_model is None:
+        return f"{words}; its initial model comes with `wardround model push`"
     model = config.initial_model
     with _touching(model, "the initial model must be readable: correct `initial_model`"), model.open("rb") as source:
         digest = hashlib.file_digest(source, "sha256").hexdigest()
-    if digest != study.document.model.initial:
+    if digest != document.model.initial:
         raise ServiceError(
             Reason.BAD_DIGEST,
-            f"{config.initial_model} has SHA-256 {digest[:12]}…, the study wants {study.document.model.initial[:12]}…: "
-            "give the file that `study draft` wrote",
+            f"{model} has SHA-256 {digest[:12]}…, the study wants {document.model.initial[:12]}…: give the file that "
+            "`study draft` wrote",
         )
-    return f"study {study.document.name}, {study.document.rounds} rounds, initial model present"
+    return f"{words}, initial model present"
 
 
 def _dial(address: str) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from services.cli.check import Finding, check_site
 from services.cli.files import PUBLIC, SECRET, refuse_existing, write_new
+from services.cli.operator import CERTIFICATE, KEY
 from services.common.clock import SystemClock
 from services.common.documents.charter import JoinFile, Member, join_blob, load_join
 from services.common.documents.emit import emit
@@ -109,6 +110,34 @@ def renew(
 
 
 @app.command()
+def operator(
+    folder: Annotated[Path, typer.Argument(help="the folder that `site init` made", metavar="DIR")],
+    name: Annotated[str, typer.Option(help="who will hold it: a-z, 0-9 and '-'; it stands in the service's log")],
+    out: Annotated[Path, typer.Option(help="folder for the certificate and its key; nothing is overwritten")],
+    days: Annotated[float, typer.Option(min=1, max=398, help="life of the certificate")] = _LEAF_DAYS,
+) -> None:
+    """Issue a certificate with which a person asks this site's aggregator, and brings it models.
+
+    Example: wardround site operator keys/ --name olga --out olga/ --days 30
+    """
+    join = load_join(read(folder / "join.yaml"), str(folder / "join.yaml"))
+    if join.role != Role.AGGREGATOR.value:
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT,
+            f"{join.id} is a {join.role}: it is administered on its own machine, through its Unix socket, without any "
+            "certificate",
+        )
+    root, key = read(folder / "tls-root.pem"), read(folder / "tls-root-key.pem")
+    files = _operator_leaf(name, join.consortium, root, key, days, SystemClock().now_ms())
+    refuse_existing([out / file for file in files])
+    for file, (content, mode) in files.items():
+        write_new(out / file, content, mode)
+    Console(highlight=False, soft_wrap=True).print(
+        f"{out}: certificate of operator {name} for {days:g} days; there is no revocation, so keep the days few"
+    )
+
+
+@app.command()
 def check(
     config: Annotated[Path, typer.Option(help="the configuration that the service is started with")],
     study: Annotated[Path | None, typer.Option(help="a study: a hospital's data are held against it")] = None,
@@ -167,6 +196,12 @@ def _leaves(
     leaf = issue_leaf(root, root_key, role, id, consortium, days=days, now_ms=now_ms, server_names=names)
     files = {"tls.pem": (leaf.certificate, PUBLIC), "tls-key.pem": (leaf.key, SECRET)}
     if role is Role.AGGREGATOR:
-        operator = issue_leaf(root, root_key, Role.OPERATOR, id, consortium, days=days, now_ms=now_ms)
-        files |= {"operator.pem": (operator.certificate, PUBLIC), "operator-key.pem": (operator.key, SECRET)}
+        files |= _operator_leaf(id, consortium, root, root_key, days, now_ms)
     return files
+
+
+def _operator_leaf(
+    name: str, consortium: str, root: bytes, root_key: bytes, days: float, now_ms: int
+) -> dict[str, tuple[bytes, int]]:
+    leaf = issue_leaf(root, root_key, Role.OPERATOR, name, consortium, days=days, now_ms=now_ms)
+    return {CERTIFICATE: (leaf.certificate, PUBLIC), KEY: (leaf.key, SECRET)}

@@ -1,6 +1,5 @@
 """Plans, gates, charters in force, marks and roles at the real aggregator."""
 
-import hashlib
 import subprocess
 import sys
 import time
@@ -22,8 +21,7 @@ from services.common.secagg.blob import decode
 from services.common.secagg.encoding import LaneTable
 from services.common.secagg.messages import OUTCOME_ACCEPTED, OUTCOME_REJECTED, Result
 from services.common.store.blobs import BlobStore
-from tests.support.aggregator_world import World, make_world, model_bytes, until
-from tests.support.documents import make_study
+from tests.support.aggregator_world import World, make_world, model_bytes, plain_study, until
 from tests.support.fake_federation import NAMES, Federation, federation, over
 from tests.support.fake_hospital import FakeHospital, plain_values
 from tests.support.fake_pod import FakePod
@@ -62,9 +60,10 @@ def test_through_round_is_a_target_that_a_restart_does_not_move(tmp_path: Path) 
 def test_environment_wins_over_the_file(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     path = world.write_config()
-    assert load_config(path, {"WARDROUND_THROUGH_ROUND": "7"}).through_round == 7
+    assert load_config(path, {}).target() == 2
+    assert load_config(path, {"WARDROUND_THROUGH_ROUND": "7"}).target() == 7
     with pytest.raises(ServiceError) as caught:
-        load_config(path, {"WARDROUND_THROUGH_ROUND": "-1"})
+        load_config(path, {"WARDROUND_THROUGH_ROUND": "-1"}).target()
     assert caught.value.reason is Reason.INVALID_DOCUMENT
     path.write_text(path.read_text().replace('"listen"', '"lisen"'))
     with pytest.raises(ServiceError, match="lisen"):
@@ -106,7 +105,7 @@ def test_a_new_study_begins_after_the_open_round_of_the_old_one(tmp_path: Path) 
         whole.join("dave", auto=False)
         dave = whole.hospitals["dave"]
         now = dave.wait_for(lambda now: now.phase == round_pb2.ROUND_PHASE_COLLECTING)
-        new = make_study("none", **_sections(name="second", rounds=1))
+        new = plain_study(model_bytes(50), name="second")
         (tmp_path / "study.yaml").write_bytes(new.blob)
         restart(whole)
         assert whole.running.coordinator.run.study.digest == whole.world.study.digest
@@ -121,17 +120,6 @@ def test_a_new_study_begins_after_the_open_round_of_the_old_one(tmp_path: Path) 
         assert len(old.links) == 1
         study = dave.call(RoundCoordinationServiceStub, "GetStudy", round_pb2.GetStudyRequest(digest=new.digest))
         assert study.study == new.blob
-
-
-def _sections(**changes: object) -> dict[str, object]:
-    initial = hashlib.sha256(model_bytes(50)).hexdigest()
-    return {
-        "model": {"parameters": 50, "initial": initial},
-        "evaluation": {"gate_rounds": (), "final": False},
-        "encoding": {"update_bound": 1000.0, "update_clip": 1e6},
-        "timing": {"train_seconds": 0.0, "submit_seconds": 20.0, "attempt_seconds": 40.0},
-        **changes,
-    }
 
 
 class Graded:

@@ -35,6 +35,18 @@ def model_bytes(parameters: int, start: float = 0.0) -> bytes:
     return len(header).to_bytes(8, "little") + header + values.tobytes()
 
 
+def plain_study(model: bytes, parameters: int = 50, **changes: Any) -> LoadedStudy:
+    """One round of mechanism `none` over `model`, no gate, no wait for training; whole sections may be changed."""
+    sections = {
+        "rounds": 1,
+        "model": {"parameters": parameters, "initial": hashlib.sha256(model).hexdigest()},
+        "evaluation": {"gate_rounds": (), "final": False},
+        "encoding": {"update_bound": 1000.0, "update_clip": 1e6},
+        "timing": {"train_seconds": 0.0, "submit_seconds": 20.0, "attempt_seconds": 40.0},
+    }
+    return make_study("none", **(sections | changes))
+
+
 @dataclass
 class World:
     """Files of one federation under `folder`. `start` runs the aggregator here, `spawn` as a process of its own."""
