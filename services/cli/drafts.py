@@ -110,7 +110,7 @@ def draft_policy(
         hospital=hospital,
         dataset=dataset,
         dataset_epsilon=entry.epsilon,
-        dataset_delta=entry.delta,
+        dataset_delta=2 * entry.delta,  # half of it is for the sum of the studies, half for the filter (L-2)
         studies=(entry,),
     )
 

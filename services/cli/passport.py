@@ -9,7 +9,8 @@ from typing import Any
 from services.cli.run import Run
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED
-from services.hospital_node.ledger import Debit, parse_export, split_epsilon
+from services.hospital_node.ledger import parse_export
+from services.hospital_node.spending import Account
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,7 +61,7 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
             "claimed_epsilon": study.privacy.epsilon,
             "delta": study.privacy.delta,
             "epsilon_by_site_and_split": {
-                folder.name: site_epsilon(folder / "ledger.jsonl") for folder in _hospitals(run)
+                folder.name: site_epsilon(folder / "ledger.jsonl", run.study.digest.hex()) for folder in _hospitals(run)
             },
         },
         "model": {
@@ -77,11 +78,11 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def site_epsilon(ledger: Path) -> dict[str, float | None]:
-    """ε spent by split, from the exported ledger's events; None where it is not bounded, because no noise was added."""
-    debits = [Debit(**json.loads(entry.event)) for entry in parse_export(ledger.read_text().splitlines())]
+def site_epsilon(ledger: Path, study: str) -> dict[str, float | None]:
+    """ε of one study (hex) by split, from the exported ledger; None where it is not bounded, as no noise was added."""
+    account = Account(entry.parsed() for entry in parse_export(ledger.read_text().splitlines()))
     return {
-        split: round_up(value, 4) if math.isfinite(value) else None for split, value in split_epsilon(debits).items()
+        split: round_up(value, 4) if math.isfinite(value) else None for split, value in account.splits(study).items()
     }
 
 

@@ -1,6 +1,7 @@
 """`wardround policy`: a hospital's own consent, drafted for one study and tried against it."""
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,6 @@ from rich.console import Console
 from services.cli.drafts import draft_policy
 from services.cli.files import write_new
 from services.common.documents.charter import load_charter
-from services.common.documents.costs import study_epsilon
 from services.common.documents.emit import emit
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study, total_rounds
@@ -18,7 +18,9 @@ from services.common.documents.site import read
 from services.common.documents.study import load_study
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
-from services.hospital_node.policy import Projection, decide
+from services.hospital_node.policy import decide
+from services.hospital_node.release import whole_study
+from services.hospital_node.spending import Account, Caps
 
 app = typer.Typer(no_args_is_help=True, help="A hospital's own consent: nothing outside it is allowed.")
 
@@ -40,25 +42,24 @@ def check(policy: Annotated[Path, typer.Argument(help="the policy")], study: _St
         raise ServiceError(
             Reason.UNKNOWN_MEMBER, f"{policy} is of {consent.document.hospital}, which is no hospital of {charter}"
         )
-    whole = max(study_epsilon(loaded.document).values(), default=0.0)
-    projection = Projection(
-        round=total_rounds(loaded),
-        study_spent=0.0,
-        study_after=whole,
-        dataset_spent=0.0,
-        dataset_after=whole,
-        dataset_delta_after=loaded.document.privacy.delta or 0.0,
-        rounds_left=loaded.document.rounds,
-        repeated=False,
+    document, allowed = consent.document, consent.allowed(loaded.digest)
+    projection = Account(()).project(
+        whole_study(held, loaded),
+        [],
+        remaining=0,
+        study_cap=allowed.epsilon if allowed is not None else 0.0,
+        caps=Caps(document.dataset_epsilon, document.dataset_delta),
     )
+    projection = replace(projection, round=total_rounds(loaded), rounds_left=loaded.document.rounds)
     refusal = decide(consent, held, loaded, projection, datetime.datetime.now(datetime.UTC).date())
     if refusal is not None:
         raise refusal
     Console(highlight=False, soft_wrap=True).print(
-        f"{consent.document.hospital} allows all {loaded.document.rounds} rounds of {loaded.document.name}"
+        f"{document.hospital} allows all {loaded.document.rounds} rounds of {loaded.document.name}"
         + (
-            f": ε up to {whole:.3f} of {consent.document.dataset_epsilon:g}, if nothing was spent before"
-            if whole
+            f": ε up to {projection.study_after:.3f}, {projection.dataset_after:.3f} of "
+            f"{document.dataset_epsilon:g} for the data set, if nothing was spent before"
+            if projection.study_after
             else ""
         )
     )

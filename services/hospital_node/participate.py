@@ -33,8 +33,9 @@ from services.hospital_node.client import AggregatorClient, Phase, RoundState, U
 from services.hospital_node.ledger import Ledger
 from services.hospital_node.policy import Projection, decide, decide_study
 from services.hospital_node.ports import Consents, Progress, Trainer
-from services.hospital_node.release import Counts, encode_round, round_debits
+from services.hospital_node.release import Counts, encode_round, round_debits, study_plan
 from services.hospital_node.results import follow_results
+from services.hospital_node.spending import Caps
 from services.hospital_node.store import Store, Submission, Vector
 from services.hospital_node.submission import mask, sign_header
 
@@ -107,12 +108,13 @@ class Participation:
         cost = round_debits(study, shape, model, name)
         plain = round_debits(study, round_shape(charter, study, 1), model, name)
         allowed = self._consents.policy().allowed(study.digest)
-        return self.ledger.project(
+        policy = self._consents.policy().document
+        return self.ledger.account().project(
             cost,
             [debit for debit in plain if debit.split == "train"],
             remaining=max(0, study.document.rounds - round_number + 1),
             study_cap=allowed.epsilon if allowed is not None else 0.0,
-            dataset_cap=self._consents.policy().document.dataset_epsilon,
+            caps=Caps(policy.dataset_epsilon, policy.dataset_delta),
             paid=kept is not None and self.ledger.debited(kept.name),
         )
 
@@ -214,9 +216,10 @@ class Participation:
         self._checkpoint("masked")
         shape = round_shape(charter, study, round_number)
         debits = round_debits(study, shape, vector.model, vector.name, attempt=attempt, manifest=checked.M)
+        joining = study_plan(charter, study, self._consents.policy())
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
-            mark = self.ledger.mark() if paid else self.ledger.append(connection, debits)
+            mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits)
             header = sign_header(masked, checked, self.hospital, mark, self._signer)
             pending = Submission(
                 study=study.digest,
@@ -280,7 +283,7 @@ class Participation:
             answers = self._client.results(study.digest, self.store.chain(study.digest).round)
             if not answers:
                 break  # the claim does not end in a chain: the manifest's own check will refuse it
-            follow_results(self.store, self.hospital, study, rosters, answers)
+            follow_results(self.store, self.ledger, self.hospital, study, rosters, answers)
             self._checkpoint("result-checked")
         self.progress.model_version = self.store.chain(study.digest).version
 
@@ -345,13 +348,17 @@ class Participation:
 
     def _figures(self, study: LoadedStudy) -> None:
         """ε as the ledger has it now: functions of the study and the rounds, not of the data."""
-        allowed = self._consents.policy().allowed(study.digest)
-        cap = allowed.epsilon if allowed is not None else 0.0
-        spent = self.ledger.spent(study.digest.hex())
+        policy, digest_hex, account = self._consents.policy(), study.digest.hex(), self.ledger.account()
+        allowed = policy.allowed(study.digest)
+        caps = Caps(policy.document.dataset_epsilon, policy.document.dataset_delta)
+        spent, dataset = account.study(digest_hex), account.dataset(caps).epsilon
         self.progress.figures |= {
             "epsilon_spent": spent,
-            "epsilon_left": max(0.0, cap - spent),
-            "dataset_epsilon_spent": self.ledger.dataset_spent(),
+            "epsilon_left": max(0.0, (allowed.epsilon if allowed is not None else 0.0) - spent),
+            "epsilon_solo": account.study(digest_hex, solo=True),
+            "dataset_epsilon_spent": dataset,
+            "dataset_epsilon_left": max(0.0, caps.epsilon - dataset),
+            "dataset_epsilon_solo": account.dataset(caps, solo=True).epsilon,
             "rounds_total": float(total_rounds(study)),
         }
 

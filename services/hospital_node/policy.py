@@ -5,7 +5,9 @@ arguments. Not here: what the ledger holds (ledger.py), whether a manifest is va
 """
 
 import datetime
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.policy import AllowedStudy, LoadedPolicy
@@ -15,10 +17,11 @@ from services.common.errors import Reason, ServiceError
 
 @dataclass(frozen=True)
 class Projection:
-    """What the ledger says about one more round: ε at the study's own δ, derived from events, never stored.
+    """What the ledger says about one more round: ε derived from events, never stored.
 
-    `repeated`: under `none`, a vector for this very model file has been submitted in another round. All ε are
-    0 under `none`, which this account does not cover.
+    Of the study at its own δ; of the data set at δ_total, by the `dataset_rule` that gives less, with
+    `dataset_sum_delta` the δ of all its studies together. All ε are 0 under `none`, which this account does not cover.
+    `repeated`: under `none`, a vector for this very model file has been submitted in another round.
     """
 
     round: int
@@ -26,7 +29,8 @@ class Projection:
     study_after: float
     dataset_spent: float
     dataset_after: float
-    dataset_delta_after: float
+    dataset_rule: Literal["sum", "filter"]
+    dataset_sum_delta: float
     rounds_left: int
     repeated: bool
 
@@ -157,16 +161,31 @@ def _decide_budget(
         return ServiceError(
             Reason.BUDGET_EXHAUSTED,
             f"round {projection.round} of study {study.document.name} would bring the ε of data set {document.dataset} "
-            f"over all studies to {projection.dataset_after:.3f}, the cap is {document.dataset_epsilon:g}: {left:.3f} "
-            f"is left, which buys {buys}; raise `dataset_epsilon`",
-        )
-    if projection.dataset_delta_after > document.dataset_delta:
-        return ServiceError(
-            Reason.BUDGET_EXHAUSTED,
-            f"study {study.document.name} would bring the δ of data set {document.dataset} over all studies to "
-            f"{projection.dataset_delta_after:g}, the cap is {document.dataset_delta:g}: raise `dataset_delta`",
+            f"over all studies to {_shown(projection.dataset_after)} by {_rule(policy, projection)}, the cap is "
+            f"{document.dataset_epsilon:g}: {left:.3f} is left, which buys {buys}; {_advice(policy, projection)}",
         )
     return None
+
+
+def _rule(policy: LoadedPolicy, projection: Projection) -> str:
+    if projection.dataset_rule == "sum":
+        return "the sum of its studies"
+    return f"the Rényi filter at δ = {policy.document.dataset_delta / 2:g}"
+
+
+def _advice(policy: LoadedPolicy, projection: Projection) -> str:
+    """Half of δ_total is the sum's: studies that together claim more δ can only be bounded by the filter."""
+    total, needed = policy.document.dataset_delta, 2 * projection.dataset_sum_delta
+    if needed > total:
+        return (
+            f"the studies' δ are {needed / 2:g} together, more than half of `dataset_delta` {total:g}, so that their "
+            f"sum does not count: raise `dataset_delta` to {needed:g}, or `dataset_epsilon`"
+        )
+    return "raise `dataset_epsilon`"
+
+
+def _shown(epsilon: float) -> str:
+    return f"{epsilon:.3f}" if math.isfinite(epsilon) else "no finite figure"
 
 
 def _buys(rounds: int) -> str:

@@ -7,19 +7,22 @@ Not here: masking (submission.py), when a debit is due (participate.py), the tab
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from services.common.documents.costs import Noise, final_noise, gate_noise, training_noise
-from services.common.documents.shape import RoundShape
+from services.common.documents.charter import LoadedCharter
+from services.common.documents.costs import Noise, final_noise, gate_noise, spare_rounds, training_noise
+from services.common.documents.policy import LoadedPolicy
+from services.common.documents.shape import RoundShape, round_shape, total_rounds
 from services.common.documents.study import LoadedStudy, Study
 from services.common.dp.noise import DiscreteGaussian
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import LaneTable, clip_update, encode_vector, quantise
 from services.common.secagg.messages import LaneClass
-from services.hospital_node.ledger import Debit
+from services.hospital_node.events import Debit, Joined, Planned
 
 I64 = npt.NDArray[np.int64]
 Keys = Callable[[], bytes]
@@ -122,6 +125,35 @@ def round_debits(
     if "confusion" in names:
         found.append(debit("confusion", 1.0, 1))  # the histograms are part of the same vector and its Δ₂
     return tuple(found)
+
+
+def whole_study(charter: LoadedCharter, loaded: LoadedStudy) -> tuple[Debit, ...]:
+    """All that the study may release, spare rounds included: one debit a split, with all its steps."""
+    study, gates = loaded.document, loaded.document.evaluation.gate_rounds
+    times = {"train": study.rounds + spare_rounds(study.rounds), "validation": len(gates), "test": 1}
+    shapes = [round_shape(charter, loaded, number) for number in sorted({1, *gates[:1], total_rounds(loaded)})]
+    once = {debit.split: debit for shape in shapes for debit in round_debits(loaded, shape, b"", "")}
+    return tuple(replace(debit, steps=debit.steps * times[split]) for split, debit in once.items())
+
+
+def study_plan(charter: LoadedCharter, loaded: LoadedStudy, policy: LoadedPolicy) -> Joined:
+    """What joining the study means: its plan, and the site's caps at this moment."""
+    study, allowed = loaded.document, policy.allowed(loaded.digest)
+    plan = [debit for debit in whole_study(charter, loaded) if debit.mechanism != "none"]
+    return Joined(
+        study=loaded.digest.hex(),
+        name=study.name,
+        delta=study.privacy.delta or 0.0,
+        rounds=study.rounds,
+        plan=tuple(
+            Planned(d.split, d.sampling_rate, d.noise_multiplier, d.solo_event().noise_multiplier, d.steps)
+            for d in plan
+        ),
+        study_epsilon=0.0 if allowed is None else allowed.epsilon,
+        dataset=policy.document.dataset,
+        dataset_epsilon=policy.document.dataset_epsilon,
+        dataset_delta=policy.document.dataset_delta,
+    )
 
 
 def lane_noises(study: Study, shape: RoundShape) -> dict[str, Noise]:

@@ -21,18 +21,24 @@ from services.common.secagg.certificate import (
 from services.common.secagg.messages import OUTCOME_REJECTED, ZERO_DIGEST, Result
 from services.common.secagg.roster import Roster
 from services.hospital_node.client import ResultAnswer
+from services.hospital_node.ledger import Ledger
 from services.hospital_node.store import Chain, Store
 
 _log = logging.getLogger(__name__)
 
 
 def follow_results(
-    store: Store, hospital: str, study: LoadedStudy, rosters: Mapping[bytes, Roster], answers: Sequence[ResultAnswer]
+    store: Store,
+    ledger: Ledger,
+    hospital: str,
+    study: LoadedStudy,
+    rosters: Mapping[bytes, Roster],
+    answers: Sequence[ResultAnswer],
 ) -> None:
     """Verify the answers from the result that is held, one by one, and hold the last.
 
     Raises as `check_result_chain`, WRONG_CORE for a round that did not start from the model before it, and
-    CONFLICT after the study was halted here.
+    CONFLICT after the study was halted here, with what the round really cost in the ledger (L-3).
     """
     for answer in answers:
         held = store.chain(study.digest)
@@ -48,7 +54,9 @@ def follow_results(
         try:
             left_out = _membership(store, hospital, checked, result, answer.certificate)
         except ServiceError as error:
-            store.halt(study.digest, error.reason, error.detail)
+            with store.database.transaction() as connection:
+                ledger.expose(connection, study.digest.hex(), result.round, error.detail)
+                store.halt(study.digest, error.reason, error.detail)
             _log.critical("alarm: %s", error.detail)
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {error.detail}") from None
         chain = Chain(result.round, end, result.model, result.version)

@@ -338,6 +338,7 @@ def test_header_swapped_in_the_cohort_is_an_alarm(aggregator: FakeAggregator, si
     site.step()
     aggregator.finish(checked, others(derive("another header")))
     assert "identity key" in site.refusal().detail
+    assert len(site.participation.ledger.account().exposed) == 1  # L-3: what was sent counts at the own noise
 
 
 def test_left_out_with_a_receipt_is_kept_as_evidence(aggregator: FakeAggregator, site: Site) -> None:
@@ -370,8 +371,13 @@ def test_l3_result_without_a_valid_certificate_stops_the_study(
         cohort = aggregator.world.consortium.cohort(checked, others(header))
         pods = (0, 1) if lie == "too few locks" else (1, 2, 3)
         aggregator.links[0].certificate = aggregator.world.consortium.certificate(cohort, pods=pods)
+    debits = site.participation.ledger.debits()
     assert site.refusal().reason is Reason.CONFLICT
     assert site.store.halted(aggregator.world.study.digest) is not None
+    assert site.participation.ledger.debits() == debits  # nothing is rewritten …
+    assert site.participation.ledger.account().exposed == {(debits[0].study, 1)}  # … the true event is appended
+    site.reopen()
+    assert site.participation.ledger.account().exposed == {(debits[0].study, 1)}
 
 
 def test_result_chain_that_does_not_link_is_refused(aggregator: FakeAggregator, site: Site) -> None:

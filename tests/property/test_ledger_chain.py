@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from services.common.errors import ServiceError
 from services.common.store.database import open_database
-from services.hospital_node.ledger import SCHEMA, Debit, Ledger, verify_export
+from services.hospital_node.events import Debit
+from services.hospital_node.ledger import SCHEMA, Ledger, verify_export
 
 DEBITS = st.lists(
     st.builds(

@@ -94,6 +94,10 @@ class World:
         return bytes.fromhex(self.study.document.model.initial)
 
     def write_policy(self, path: Path, hospital: str = "alice", **changes: Any) -> None:
+        """`policy_blob` as a file."""
+        path.write_bytes(self.policy_blob(hospital, **changes))
+
+    def policy_blob(self, hospital: str = "alice", **changes: Any) -> bytes:
         """A policy that allows the study; `changes` of the study's entry, or of the policy for its own keys."""
         top = {"hospital": hospital, "dataset": "ward", "dataset_epsilon": 10.0, "dataset_delta": 1e-4}
         entry: dict[str, Any] = {
@@ -109,7 +113,8 @@ class World:
         studies = changes.pop("studies", None)
         for key, value in changes.items():
             (top if key in top else entry)[key] = value
-        path.write_text(yaml({"wardround": "policy/v1", **top, "studies": [entry] if studies is None else studies}))
+        found = [entry] if studies is None else studies
+        return yaml({"wardround": "policy/v1", **top, "studies": found}).encode()
 
     def write_site(self, folder: Path, address: str, hospital: str = "alice", **policy: Any) -> Path:
         """Config and policy of one hospital under `folder`; the config's path."""

@@ -1,6 +1,7 @@
 """The hospital's consent, decided from the documents alone: deny by default, one sentence each."""
 
 import datetime
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ FITS = Projection(
     study_after=2.0,
     dataset_spent=1.0,
     dataset_after=2.0,
-    dataset_delta_after=1e-5,
+    dataset_rule="sum",
+    dataset_sum_delta=1e-5,
     rounds_left=2,
     repeated=False,
 )
@@ -88,7 +90,13 @@ def test_study_that_is_not_listed_is_refused_before_its_bytes_are_known(world: W
             Reason.BUDGET_EXHAUSTED,
             ("ward", "3.500", "0.500 is left", "1 more training round"),
         ),
-        ({}, {"dataset_delta_after": 2e-4}, Reason.BUDGET_EXHAUSTED, ("0.0002", "0.0001", "dataset_delta")),
+        (
+            {"dataset_epsilon": 3.0},
+            {"dataset_after": 3.5, "dataset_rule": "filter", "dataset_sum_delta": 6e-5},
+            Reason.BUDGET_EXHAUSTED,
+            ("3.500 by the Rényi filter at δ = 5e-05", "6e-05", "0.0001", "raise `dataset_delta` to 0.00012"),
+        ),
+        ({}, {"dataset_after": math.inf}, Reason.BUDGET_EXHAUSTED, ("no finite figure",)),
     ],
 )
 def test_each_limit_refuses_in_one_sentence_that_names_it(
@@ -104,7 +112,7 @@ def test_each_limit_refuses_in_one_sentence_that_names_it(
 
 
 def test_budget_exactly_at_the_cap_is_allowed(world: World) -> None:
-    at_cap = replace(FITS, study_after=8.0, dataset_after=10.0, dataset_delta_after=1e-4)
+    at_cap = replace(FITS, study_after=8.0, dataset_after=10.0)
     assert decide(policy_for(world.study), world.charter, world.study, at_cap, TODAY) is None
 
 
@@ -157,4 +165,4 @@ def test_policy_module_reads_no_clock_socket_disk_or_randomness() -> None:
             else []
         )
     }
-    assert imported <= {"datetime", "dataclasses", "services"}
+    assert imported <= {"datetime", "dataclasses", "math", "services", "typing"}

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from services.common.documents.costs import final_noise, gate_noise, study_epsilon
+from services.common.documents.policy import load_policy
 from services.common.documents.shape import RoundShape, round_shape, total_rounds
+from services.common.dp.accounting import epsilon
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import decode_class
-from services.hospital_node.ledger import split_epsilon
-from services.hospital_node.release import encode_round, round_debits
+from services.hospital_node.release import encode_round, round_debits, study_plan
+from services.hospital_node.spending import Account
 from tests.support.hospital_world import FixedCounts, World, make_world
 
 D = 4096
@@ -85,8 +87,22 @@ def test_debits_of_a_whole_study_cost_what_the_study_claims(world: World) -> Non
         for debit in round_debits(world.study, shape_of(world, number), world.initial, f"v{number}")
     ]
     expected = study_epsilon(world.study.document, spare=False)
-    assert split_epsilon(debits) == pytest.approx(expected)
+    assert Account(debits).splits(world.study.digest.hex()) == pytest.approx(expected)
     assert set(expected) == {"train", "validation", "test"}
+
+
+def test_plan_at_joining_is_the_study_with_its_spare_rounds(world: World) -> None:
+    """L-2: q, σ and T are fixed at joining, and every debit of the study lies within that plan."""
+    policy = load_policy(world.policy_blob())
+    plan = study_plan(world.charter, world.study, policy).plan
+    expected = study_epsilon(world.study.document, spare=True)
+    found = {planned.split: epsilon([planned.event()], world.study.document.privacy.delta or 0.0) for planned in plan}
+    assert found == pytest.approx(expected)
+    for number in range(1, total_rounds(world.study) + 1):
+        for debit in round_debits(world.study, shape_of(world, number), world.initial, "v"):
+            (planned,) = [one for one in plan if one.split == debit.split]
+            assert (planned.sampling_rate, planned.noise_multiplier) == (debit.sampling_rate, debit.noise_multiplier)
+            assert planned.steps % debit.steps == 0
 
 
 def test_every_data_lane_is_covered_by_a_debit(world: World) -> None:

@@ -36,7 +36,7 @@ class Policy(Document):
     hospital: str
     dataset: str = Field(description="name of the ledger's data set")
     dataset_epsilon: float = Field(ge=0, description="total cap of the data set, over all studies")
-    dataset_delta: float = Field(ge=0, lt=1e-2)
+    dataset_delta: float = Field(ge=0, lt=1e-2, description="δ in all; half is for the studies' own δ together")
     studies: tuple[AllowedStudy, ...] = ()
 
 
