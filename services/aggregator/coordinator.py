@@ -20,6 +20,7 @@ from services.aggregator.round import Answer, Phase, State, Tick, alarms, decide
 from services.aggregator.study_run import StudyRun
 from services.common.clock import Clock
 from services.common.errors import Reason, ServiceError
+from services.common.observe.process import LOOK, show_charters
 
 _log = logging.getLogger(__name__)
 _SOFT_MS = 50  # soft facts reach the disk within this even when nothing hard follows
@@ -95,11 +96,11 @@ class Coordinator:
         self._awake = self.now()
         self.run.scrub()
         self._thread.start()
-        metrics.LOOK.watch(self._show)
+        LOOK.watch(self._show)
 
     def stop(self) -> None:
         """Store what is left and end."""
-        metrics.LOOK.forget(self._show)
+        LOOK.forget(self._show)
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -297,6 +298,7 @@ class Coordinator:
         metrics.show_study(run.study, run.figures)
         metrics.show_state(shown.state)
         metrics.show_history(roster, shown.state, run.cohort, run.newest)
+        show_charters(tuple(run.charters().values()))
         metrics.show_members(roster, run.charters(), self.committee.reports(), self.enrolment.reports())
         metrics.TARGET.set(shown.plan.target)
         metrics.COHORT_MINIMUM.set(run.rules.minimum)

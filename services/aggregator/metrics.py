@@ -8,13 +8,9 @@ from services.aggregator.facts import CohortFixed
 from services.aggregator.round import Phase, State, ends
 from services.common.documents.study import LoadedStudy
 from services.common.errors import Reason
-from services.common.observe.process import short
-from services.common.observe.scrape import Look
+from services.common.observe.process import short, show_studies
 from services.common.secagg.roster import Roster
 
-LOOK = Look()
-
-STUDY = Gauge("wardround_study_info", "Always 1; the labels say which study is in force", ["study", "name"])
 PHASE = Gauge("wardround_round_phase", "1 for the present phase of the study, 0 for the others", ["phase"])
 PHASE_STARTED = Gauge(
     "wardround_round_phase_started_timestamp_seconds", "When the present phase was entered, Unix seconds (0: never)"
@@ -76,7 +72,7 @@ MODEL_VERSION = Gauge("wardround_model_version", "Version of the model that the 
 PLAN_REFUSED = Gauge("wardround_plan_refused", "1 while the plan on disk is refused and an older one is served")
 
 _DECLINE_REASONS = (Reason.POLICY_REFUSES, Reason.BUDGET_EXHAUSTED)
-_shown: list[tuple[str, str]] = []  # the study that the gauges are about
+_shown: list[str] = []  # the study that the gauges are about
 
 for _phase in Phase:
     PHASE.labels(_phase.value)
@@ -98,14 +94,13 @@ for _reason in _DECLINE_REASONS:
 
 def show_study(study: LoadedStudy, figures: Mapping[str, float]) -> None:
     """Which study is in force and its newest released figures: after secure aggregation and noise, so everybody's."""
-    labels = (short(study.digest), study.document.name)
-    if _shown != [labels]:
-        _shown[:] = [labels]
-        STUDY.clear()
+    name = short(study.digest)
+    if _shown != [name]:
+        _shown[:] = [name]
         QUALITY.clear()
-    STUDY.labels(*labels).set(1)
-    for name, value in figures.items():
-        QUALITY.labels(labels[0], name).set(value)
+    show_studies({name: study.document.name})
+    for figure, value in figures.items():
+        QUALITY.labels(name, figure).set(value)
 
 
 def show_state(state: State) -> None:

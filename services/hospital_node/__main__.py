@@ -18,7 +18,7 @@ from services.common.ids import Role
 from services.common.observe.http import Health, serve_http
 from services.common.observe.last_words import refused
 from services.common.observe.logs import configure
-from services.common.observe.process import announce, certificate_now
+from services.common.observe.process import LOOK, announce, certificate_now, show_charters
 from services.common.rpc.certificates import server_name
 from services.common.rpc.channel import Caller, dial
 from services.common.rpc.leaf import check_own_leaf
@@ -90,7 +90,7 @@ def run(
     def report(progress: Progress) -> None:
         board.show(progress)
         metrics.show(progress)
-        metrics.ledger_events(participation.ledger.mark().sequence)
+        ledger.show(participation.ledger.mark().sequence, clock.now_ms())
 
     participation = Participation(
         config.id,
@@ -104,6 +104,13 @@ def run(
         report=report,
         checkpoint=checkpoint,
     )
+    ledger = metrics.LedgerHead(participation.ledger.mark().sequence, store.last_receipt_ms())
+
+    def look() -> None:
+        metrics.show_policy(documents.policy())
+        show_charters(tuple(documents.charters()))
+
+    LOOK.watch(look)
     node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())

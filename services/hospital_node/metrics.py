@@ -1,10 +1,13 @@
 """The hospital's metrics (prefix wardround_). The scraper need not be the site's own, so nothing here depends on
-patients' data: no losses, no batch sizes, no training failures; ε is a function of the study and the rounds alone.
+patients' data: no losses, no batch sizes, no training failures, nor when training was done, which at q < 1 tells how
+many were drawn; ε is a function of the study and the rounds alone.
 """
 
 from prometheus_client import Counter, Gauge
 
+from services.common.documents.policy import LoadedPolicy
 from services.common.errors import Reason
+from services.common.observe.process import short, show_studies
 from services.hospital_node.ports import Progress
 
 PHASES = (
@@ -13,7 +16,6 @@ PHASES = (
     "waiting",
     "fetching",
     "training",
-    "trained",
     "submitting",
     "submitted",
     "refused",
@@ -24,34 +26,87 @@ PHASES = (
 DATA_REASONS = frozenset({Reason.NOT_FINITE, Reason.OUT_OF_BOUND, Reason.INVALID_DATA})
 """Refusals that follow from the data: never counted, never sent (P-6)."""
 
-_PHASE = Gauge("wardround_hospital_phase", "1 for what this hospital is doing now", ["phase"])
-_ROUND = Gauge("wardround_hospital_round", "Round that the aggregator has open, as this hospital sees it")
-_EPSILON = Gauge(
-    "wardround_privacy_epsilon", "ε by scope: of this study and of the data set, spent and left", ["scope", "kind"]
-)
-_ROUNDS_LEFT = Gauge("wardround_privacy_rounds_left", "Training rounds that the ε caps still allow")
-_REFUSALS = Counter("wardround_refusals_total", "Rounds or attempts that this hospital refused", ["reason"])
-_HALTED = Gauge("wardround_study_halted", "1 when an alarm stopped the open study here")
-_CONNECTED = Gauge("wardround_connected", "1 while the aggregator's state is being watched")
-_LEDGER = Gauge("wardround_ledger_events", "Debits in the ledger")
+_STUDY = ["study"]  # the first twelve hex digits of its SHA-256
 
-_FIGURES = {
-    "epsilon_spent": ("study", "spent"),
-    "epsilon_left": ("study", "left"),
-    "dataset_epsilon_spent": ("dataset", "spent"),
+_PHASE = Gauge("wardround_hospital_phase", "1 for what this hospital is doing now, 0 for the others", ["phase"])
+_ROUND = Gauge("wardround_hospital_round", "Round that the aggregator has open, as this hospital sees it")
+_MODEL = Gauge("wardround_hospital_model_version", "Version of the newest model that signed results lead to")
+_SPENT = Gauge("wardround_privacy_epsilon_spent", "ε of this study that the ledger proves", _STUDY)
+_SOLO = Gauge(
+    "wardround_privacy_epsilon_solo_spent", "ε of this study if all other hospitals and the pods fail", _STUDY
+)
+_LEFT = Gauge("wardround_privacy_epsilon_left", "ε that the policy still allows this study", _STUDY)
+_CAP = Gauge("wardround_privacy_epsilon_cap", "ε that the policy allows this study in all", _STUDY)
+_ROUNDS_LEFT = Gauge(
+    "wardround_privacy_rounds_left",
+    "Training rounds that the caps still allow, the open one included, at most those that the study still has",
+    _STUDY,
+)
+_ROUNDS_PLANNED = Gauge(
+    "wardround_study_rounds_left", "Training rounds that the study still has, the open one included", _STUDY
+)
+_DATASET_SPENT = Gauge("wardround_privacy_dataset_epsilon_spent", "ε of the data set over all studies")
+_DATASET_SOLO = Gauge(
+    "wardround_privacy_dataset_epsilon_solo_spent", "ε of the data set if all other hospitals and the pods fail"
+)
+_DATASET_LEFT = Gauge("wardround_privacy_dataset_epsilon_left", "ε that the policy still allows the data set")
+_DATASET_CAP = Gauge("wardround_privacy_dataset_epsilon_cap", "ε that the policy allows the data set in all")
+_REFUSALS = Counter("wardround_refusals_total", "Rounds or attempts that this hospital refused", ["reason"])
+_HALTED = Gauge("wardround_study_halted", "1 when an alarm stopped the open study here, else 0")
+_CONNECTED = Gauge("wardround_connected", "1 while the aggregator's state is being watched, else 0")
+_UNPINNED = Gauge("wardround_charter_unpinned", "1 while the open round runs under a charter not pinned here, else 0")
+_LEDGER = Gauge("wardround_ledger_events", "Events in the ledger")
+_LEDGER_HEAD = Gauge(
+    "wardround_ledger_head_timestamp_seconds", "When the ledger's newest event was seen, Unix seconds (0: none yet)"
+)
+
+_OF_STUDY = {
+    "epsilon_spent": _SPENT,
+    "epsilon_solo": _SOLO,
+    "epsilon_left": _LEFT,
+    "rounds_left": _ROUNDS_LEFT,
+    "rounds_planned": _ROUNDS_PLANNED,
 }
+_OF_DATASET = {
+    "dataset_epsilon_spent": _DATASET_SPENT,
+    "dataset_epsilon_solo": _DATASET_SOLO,
+    "dataset_epsilon_left": _DATASET_LEFT,
+}
+_names: dict[str, str] = {}  # of studies; empty until the study was fetched
+
+for _phase in PHASES:
+    _PHASE.labels(_phase)
+for _reason in Reason:
+    if _reason not in DATA_REASONS:
+        _REFUSALS.labels(_reason.value)
 
 
 def show(progress: Progress) -> None:
     """Take what the node does now."""
+    now = "training" if progress.phase == "trained" else progress.phase
     for phase in PHASES:
-        _PHASE.labels(phase).set(phase == progress.phase)
+        _PHASE.labels(phase).set(phase == now)
     _ROUND.set(progress.round)
-    for name, labels in _FIGURES.items():
-        if name in progress.figures:
-            _EPSILON.labels(*labels).set(progress.figures[name])
-    if "rounds_left" in progress.figures:
-        _ROUNDS_LEFT.set(progress.figures["rounds_left"])
+    _MODEL.set(progress.model_version)
+    if progress.study:
+        if progress.study_name:
+            _names[short(progress.study)] = progress.study_name
+            show_studies(_names)
+        for key, gauge in _OF_STUDY.items():
+            if key in progress.figures:
+                gauge.labels(short(progress.study)).set(progress.figures[key])
+    for key, gauge in _OF_DATASET.items():
+        if key in progress.figures:
+            gauge.set(progress.figures[key])
+
+
+def show_policy(policy: LoadedPolicy) -> None:
+    """The caps that the site itself has set."""
+    for entry in policy.document.studies:
+        _CAP.labels(entry.sha256[:12]).set(entry.epsilon)
+        _names.setdefault(entry.sha256[:12], "")
+    show_studies(_names)
+    _DATASET_CAP.set(policy.document.dataset_epsilon)
 
 
 def refused(reason: Reason) -> None:
@@ -70,6 +125,23 @@ def connected(is_connected: bool) -> None:
     _CONNECTED.set(is_connected)
 
 
-def ledger_events(count: int) -> None:
-    """How many debits the ledger holds."""
-    _LEDGER.set(count)
+def unpinned(is_unpinned: bool) -> None:
+    """Whether the open round's charter is none of those pinned here."""
+    _UNPINNED.set(is_unpinned)
+
+
+class LedgerHead:
+    """The ledger's length, and when its newest event came: events carry no time."""
+
+    def __init__(self, events: int, at_ms: int) -> None:
+        """`at_ms`: the newest time known from an earlier life of this process (Unix ms, 0 = none)."""
+        self._events = events
+        _LEDGER.set(events)
+        _LEDGER_HEAD.set(at_ms / 1000)
+
+    def show(self, events: int, now_ms: int) -> None:
+        """The ledger holds so many events now."""
+        if events != self._events:
+            self._events = events
+            _LEDGER.set(events)
+            _LEDGER_HEAD.set(now_ms / 1000)

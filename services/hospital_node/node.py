@@ -166,7 +166,9 @@ class Node:
             version, state = self._latest.get()
             pause = _TICK
             try:
-                self._watcher.renew(tuple(self._consents.charters()))
+                charters = tuple(self._consents.charters())
+                self._watcher.renew(charters)
+                metrics.unpinned(state is not None and bool(state.study) and state.charter not in charters)
                 if state is not None and self._is_news(state):
                     self._participation.advance(state, partial(self._is_over, state))
                 wait = _FIRST_WAIT

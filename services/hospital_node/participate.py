@@ -82,18 +82,20 @@ class Participation:
         if not state.study:
             self._say("idle", "no study is open")
             return
-        self.progress.study, self.progress.round, self.progress.attempt = state.study, state.round, state.attempt
+        self.progress.take(state.study, state.round, state.attempt)
         self._refuse_halted(state.study)
         charter = self._charter(state.charter)
         refusal = decide_study(self._consents.policy(), state.study)
         if refusal is not None:
             raise refusal
         study = self._study(state.study, charter)
+        self.progress.study_name = study.document.name
         self._figures(study)
         self._follow(study, state)
         if self.store.scrub(study.digest, state.closed_round):
             self._checkpoint("scrubbed")
         if state.phase is Phase.FINISHED:
+            self.progress.figures |= {"rounds_left": 0.0, "rounds_planned": 0.0}
             self._say("finished", f"study {study.document.name} is complete")
         elif state.phase not in (Phase.TRAINING, Phase.COLLECTING) or state.round <= state.closed_round:
             self._say("waiting", "no round is open for submissions")
@@ -146,10 +148,11 @@ class Participation:
         """Policy and ledger (L-2), before any model is downloaded."""
         today = datetime.datetime.fromtimestamp(self._clock.now_ms() / 1000, datetime.UTC).date()
         projection = self.projection(charter, study, state.round, state.model)
+        self.progress.figures["rounds_left"] = float(projection.rounds_left)
+        self.progress.figures["rounds_planned"] = float(max(0, study.document.rounds - state.round + 1))
         refusal = decide(self._consents.policy(), charter, study, projection, today)
         if refusal is not None:
             raise refusal
-        self.progress.figures["rounds_left"] = float(projection.rounds_left)
         self._checkpoint("consented")
 
     def _prepare(

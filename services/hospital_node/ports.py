@@ -70,7 +70,14 @@ class Progress:
     phase: str = "starting"
     detail: str = ""
     study: bytes = b""
+    study_name: str = ""
     round: int = 0
     attempt: int = 0
     model_version: int = 0
     figures: dict[str, float] = field(default_factory=dict)
+
+    def take(self, study: bytes, round_number: int, attempt: int) -> None:
+        """What the aggregator has open; figures are of one study."""
+        if study != self.study:
+            self.study_name, self.figures = "", {}
+        self.study, self.round, self.attempt = study, round_number, attempt

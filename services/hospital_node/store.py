@@ -11,7 +11,7 @@ from typing import Any
 
 from services.common.errors import Reason
 from services.common.secagg.blob import data, decode, encode, many
-from services.common.secagg.messages import MAX_PODS, ZERO_DIGEST, Signed
+from services.common.secagg.messages import MAX_PODS, ZERO_DIGEST, Receipt, Signed
 from services.common.store.blobs import BlobStore
 from services.common.store.database import Database, open_database
 from services.hospital_node import ledger
@@ -165,6 +165,13 @@ class Store:
     def submissions(self, study: bytes) -> tuple[Submission, ...]:
         """Every submission of a study that left or may have left, ascending by round and attempt."""
         return tuple(map(_submission, self.database.query(_OF_STUDY, (study,))))
+
+    def last_receipt_ms(self) -> int:
+        """The aggregator's time (Unix ms) in the newest receipt, 0 before the first."""
+        found = self.database.query(
+            "SELECT receipt FROM submissions WHERE receipt IS NOT NULL ORDER BY rowid DESC LIMIT 1"
+        )
+        return decode(Receipt, found[0][0]).time if found else 0
 
     def all_submissions(self) -> tuple[Submission, ...]:
         """Those of every study."""

@@ -21,6 +21,7 @@ from services.common.rpc.channel import Caller, dial
 from services.common.rpc.leaf import LeafFiles, check_own_leaf
 from services.common.rpc.unix import serve_admin
 from services.common.secagg.roster import Roster
+from services.keyshare import metrics
 from services.keyshare.admin import Administration
 from services.keyshare.client import Client
 from services.keyshare.config import PodConfig, load_config
@@ -70,6 +71,7 @@ def run(config: PodConfig, stop: threading.Event) -> None:
         health.look("certificate", lambda: process.certificate_now(config.tls.certificate, clock.now_ms()))
         servicers = [(add_AdministrationServiceServicer_to_server, administration)]
         admin = serve_admin(servicers, config.admin_socket, max_workers=4)
+        process.LOOK.watch(lambda: metrics.show(pod))
         http = serve_http(config.http, health, state / "http.address")
         worker = threading.Thread(target=client.run, name="client", daemon=True)
         worker.start()

@@ -23,7 +23,6 @@ from wardround.keyshare.v1.keyshare_pb2_grpc import KeyShareServiceStub
 
 _log = logging.getLogger(__name__)
 _ANSWER_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
-_ALARMS = (Reason.CONFLICT, Reason.ROLLED_BACK)
 _RPCS = {"propose": "Commit", "offer": "Accept", "high_water": "HighWater"}  # the others are called like their order
 
 
@@ -60,7 +59,8 @@ class Client:
             metrics.CONNECTED.set(1)
             try:
                 for order in orders:
-                    self._serve(order)
+                    with metrics.SECONDS.labels(order.WhichOneof("order") or "unknown").time():
+                        self._serve(order)
                     served = True
             except ServiceError as error:
                 _log.info("the aggregator's orders ended: %s", error.detail)
@@ -89,8 +89,6 @@ class Client:
                 self._caller.unary(lambda c: getattr(KeyShareServiceStub(c), rpc), answer, seconds=_ANSWER_SECONDS)
         except ServiceError as error:
             _log.warning("the answer to %s did not arrive: %s", name, error.detail)
-        metrics.LIVE.set(self._pod.live)
-        metrics.HELD.set(len(self._pod.state.held))
 
     def _work(self, name: str, order: Any) -> dict[str, Any]:
         pod = self._pod
@@ -162,7 +160,7 @@ def _refusal(order: str, error: Exception) -> wire.Refusal:
         _log.error("%s failed", order, exc_info=error)
         error = ServiceError(Reason.INTERNAL, "internal error")
     metrics.ANSWERS.labels(order, error.reason.value).inc()
-    if error.reason in _ALARMS:
+    if error.reason in metrics.ALARMING:
         metrics.ALARMS.labels(error.reason.value).inc()
     _log.warning("%s refused: %s", order, error)
     return wire.Refusal(reason=error.reason.value, detail=error.detail)

@@ -261,7 +261,11 @@ def test_calls_and_bytes_are_counted_by_method(site: Site) -> None:
     served = figure("wardround_rpc_calls_total", outcome="OK")
     refused = figure("wardround_rpc_calls_total", outcome="PERMISSION_DENIED")
     received = figure("wardround_rpc_bytes_total", direction="received")
+    sent = figure("wardround_rpc_client_bytes_total", direction="sent")
+    answered = figure("wardround_rpc_client_bytes_total", direction="received")
     site.study(site.consortium.leaf(*NORTH), b"x" * 100)
+    assert figure("wardround_rpc_client_bytes_total", direction="sent") == sent + 102
+    assert figure("wardround_rpc_client_bytes_total", direction="received") == answered + 102  # it is echoed
     site.refusal(site.consortium.leaf(Role.POD, "pod-a"))
     assert eventually(lambda: figure("wardround_rpc_calls_total", outcome="PERMISSION_DENIED") == refused + 1)
     assert figure("wardround_rpc_calls_total", outcome="OK") == served + 1

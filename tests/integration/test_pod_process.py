@@ -236,11 +236,21 @@ def test_admin_socket_and_probes(aggregator: FakeAggregator, pod: PodProcess) ->
     check_chain(lines)
     assert (os.stat(pod.socket).st_mode & 0o777) == 0o600
     address = (pod.folder / "state" / "http.address").read_text()
-    expected = {"/readyz": "\nready", "/metrics": "wardround_pod_live 1.0"}
-    for path, needle in expected.items():
+    charter = aggregator.roster.charter.hex()[:12]
+    for path, needles in {
+        "/readyz": ["\nready"],
+        "/metrics": [
+            "wardround_pod_live 1.0",
+            'wardround_pod_phase{phase="endorsed"} 1.0',
+            "wardround_committee_quorum 3.0",
+            'wardround_pod_answer_seconds_count{order="propose"} 1.0',
+            f'wardround_charter_info{{charter="current",digest="{charter}"}} 1.0',
+        ],
+    }.items():
         connection = http.client.HTTPConnection(address, timeout=5)
         connection.request("GET", path)
-        assert needle in connection.getresponse().read().decode()
+        text = connection.getresponse().read().decode()
+        assert all(needle in text for needle in needles), text
 
 
 def check_chain(lines: list[bytes]) -> None:

@@ -2,17 +2,29 @@
 
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cryptography import x509
-from prometheus_client import Gauge
+from prometheus_client import Gauge, disable_created_metrics
+
+from services.common.observe.scrape import Look
+
+LOOK = Look()  # before every gauge that is set by it
+"""What this process reads at every scrape."""
 
 _BUILD = Gauge("wardround_build_info", "Always 1; the labels say what runs", ["role", "id", "version", "python"])
 _EXPIRY = Gauge(
     "wardround_certificate_expiry_timestamp_seconds", "End of the TLS leaf's validity, Unix seconds (NaN: unreadable)"
 )
+_CHARTER = Gauge(
+    "wardround_charter_info", "Always 1; the labels say which charters are pinned here", ["charter", "digest"]
+)
+_STUDY = Gauge("wardround_study_info", "Always 1; the labels name the studies of this process", ["study", "name"])
+_pinned: list[tuple[str, str]] = []
+_studies: dict[str, str] = {}
 _START = Gauge(
     "wardround_certificate_start_timestamp_seconds", "Start of the TLS leaf's validity, Unix seconds (NaN: unreadable)"
 )
@@ -31,8 +43,30 @@ def short(digest: bytes) -> str:
     return digest.hex()[:12]
 
 
+def show_charters(digests: Sequence[bytes]) -> None:
+    """Which charters are pinned here: the current one, then the next one if there is one."""
+    now = list(zip(("current", "next"), map(short, digests), strict=False))
+    if now != _pinned:
+        _pinned[:] = now
+        _CHARTER.clear()
+    for word, digest in now:
+        _CHARTER.labels(word, digest).set(1)
+
+
+def show_studies(names: Mapping[str, str]) -> None:
+    """The studies that this process has to do with: `short` digest to name, empty while it is unknown."""
+    if names != _studies:
+        _studies.clear()
+        _studies.update(names)
+        _STUDY.clear()
+    for study, name in names.items():
+        _STUDY.labels(study, name).set(1)
+
+
 def announce(role: str, id: str, certificate: Path) -> None:
     """Set the build info, and let every scrape read the certificate file's validity afresh."""
+    # It writes one more series for each counter, which nobody reads.
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # without types in prometheus_client
     _BUILD.labels(role, id, package_version(), platform.python_version()).set(1)
     _EXPIRY.set_function(lambda: certificate_validity(certificate)[1])
     _START.set_function(lambda: certificate_validity(certificate)[0])

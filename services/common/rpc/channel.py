@@ -16,6 +16,7 @@ from services.common.errors import Reason, ServiceError
 from services.common.rpc.errors import CODES, from_rpc_error
 from services.common.rpc.leaf import Leaf, LeafFiles, LeafWatch
 from services.common.rpc.server import MAX_MESSAGE_BYTES
+from services.common.rpc.traffic import Counted
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -43,7 +44,7 @@ def dial(address: str, server_name: str, leaf: Leaf, root: bytes, proxy: str | N
     options = [*_OPTIONS, ("grpc.ssl_target_name_override", server_name)]
     options.append(("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0))
     credentials = grpc.ssl_channel_credentials(root, leaf.key, leaf.certificate)
-    return grpc.secure_channel(address, credentials, options)
+    return Counted(grpc.secure_channel(address, credentials, options))
 
 
 @dataclass
