@@ -12,6 +12,7 @@ from rich.table import Table
 
 from services.cli.check import Finding, check_site
 from services.cli.files import PUBLIC, SECRET, refuse_existing, write_new
+from services.cli.kubernetes import MANIFEST, renewed_secret, secret_manifest
 from services.cli.operator import CERTIFICATE, KEY
 from services.common.clock import SystemClock
 from services.common.documents.charter import JoinFile, Member, join_blob, load_join
@@ -55,7 +56,8 @@ def init(
     console.print(f"{role.value} {id} of {organisation}: {files} files in {out}")
     console.print(f"  fingerprint of the identity key: {fingerprint(join.identity_key)}")
     console.print(
-        "  keep identity.pem secret; keep tls-root-key.pem off the cluster: it issues this site's certificates"
+        f"  keep identity.pem and {MANIFEST} secret; keep tls-root-key.pem off the cluster: it issues this site's "
+        "certificates"
     )
     console.print(
         f"next: send {out / 'join.yaml'} to whoever drafts the charter, and read the fingerprint out by phone"
@@ -84,6 +86,8 @@ def make_site(
         **_leaves(role, id, consortium, root.certificate, root.key, days, now),
         "join.yaml": (emit(join), PUBLIC),
     }
+    contents = {name: content for name, (content, _) in files.items()}
+    files[MANIFEST] = (secret_manifest(id, contents), SECRET)
     refuse_existing([out / name for name in files])
     out.mkdir(parents=True, exist_ok=True)
     for name, (content, mode) in files.items():
@@ -106,7 +110,11 @@ def renew(
     for name, (content, mode) in leaves.items():
         replace_file(folder / name, [content])
         (folder / name).chmod(mode)
-    Console(highlight=False, soft_wrap=True).print(f"{join.role} {join.id}: certificates renewed for {days:g} days")
+    fresh = {name: content for name, (content, _) in leaves.items()}
+    replace_file(folder / MANIFEST, [renewed_secret(folder, join.id, fresh)])
+    Console(highlight=False, soft_wrap=True).print(
+        f"{join.role} {join.id}: certificates renewed for {days:g} days, in {MANIFEST} too"
+    )
 
 
 @app.command()

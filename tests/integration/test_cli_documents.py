@@ -5,10 +5,13 @@ import re
 import shutil
 import socket
 import stat
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from services.cli.__main__ import app, main
@@ -18,6 +21,8 @@ from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
 from services.common.documents.study import load_study
 from services.common.documents.words import words_of
+from services.common.ids import Role
+from services.common.rpc.certificates import Identity, identity_of
 from tests.support.sites import write_image
 
 Run = Callable[..., str]
@@ -77,7 +82,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_site_init_keeps_secrets_to_their_owner_and_overwrites_nothing(consortium: Path, refused: Run) -> None:
-    for name in ("identity.pem", "tls-root-key.pem", "tls-key.pem"):
+    for name in ("identity.pem", "tls-root-key.pem", "tls-key.pem", "secret.yaml"):
         assert stat.S_IMODE((consortium / "alice" / name).stat().st_mode) == 0o600
     before = {path: path.read_bytes() for path in (consortium / "alice").iterdir()}
     said = refused("site", "init", "--role", "hospital", "--id", "alice", "--organisation", "x", "--consortium",
@@ -93,6 +98,35 @@ def test_no_output_shows_a_secret(tmp_path: Path, run: Run) -> None:
     for line in secrets.splitlines():
         assert line.startswith("-----") or line not in said
         assert line.startswith("-----") or line not in (tmp_path / "join.yaml").read_text()
+
+
+def test_the_secret_for_the_cluster_holds_the_exact_keys_and_follows_a_renewal(tmp_path: Path, run: Run) -> None:
+    run("site", "init", "--role", "hospital", "--id", "oak", "--organisation", "Oak", "--consortium", "c", "--out",
+        tmp_path)  # fmt: skip
+    for _ in range(2):
+        manifest = YAML(typ="safe", pure=True).load((tmp_path / "secret.yaml").read_text())
+        assert (manifest["kind"], manifest["metadata"]["name"]) == ("Secret", "wardround-oak")
+        held = {key: b64decode(text) for key, text in manifest["data"].items()}
+        files = {"identity.pem": "identity.pem", "tls.crt": "tls.pem", "tls.key": "tls-key.pem"}
+        assert held == {key: (tmp_path / file).read_bytes() for key, file in files.items()}
+        assert stat.S_IMODE((tmp_path / "secret.yaml").stat().st_mode) == 0o600
+        before = held["tls.crt"]
+        said = run("site", "renew", tmp_path)
+        assert all(text not in said for text in manifest["data"].values())
+    assert (tmp_path / "tls.pem").read_bytes() != before
+
+
+def test_operators_are_certified_by_the_centre_alone(tmp_path: Path, run: Run, refused: Run) -> None:
+    for role in ("aggregator", "hospital"):
+        run("site", "init", "--role", role, "--id", role, "--organisation", role, "--consortium", "c", "--out",
+            tmp_path / role)  # fmt: skip
+    said = run("site", "operator", tmp_path / "aggregator", "--name", "olga", "--out", tmp_path / "olga", "--days", 7)
+    assert "for 7 days" in said
+    assert stat.S_IMODE((tmp_path / "olga" / "operator-key.pem").stat().st_mode) == 0o600
+    leaf = x509.load_pem_x509_certificate((tmp_path / "olga" / "operator.pem").read_bytes())
+    assert identity_of(leaf) == Identity("c", Role.OPERATOR, "olga")
+    words = ("site", "operator", tmp_path / "hospital", "--name", "olga", "--out", tmp_path / "other")
+    assert "Unix socket" in refused(*words)
 
 
 def test_p_26_only_the_right_words_write_a_pin(consortium: Path, tmp_path: Path, run: Run, refused: Run) -> None:
