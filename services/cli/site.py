@@ -12,7 +12,7 @@ from rich.table import Table
 
 from services.cli.check import Finding, check_site
 from services.cli.files import PUBLIC, SECRET, refuse_existing, write_new
-from services.cli.kubernetes import MANIFEST, renewed_secret, secret_manifest
+from services.cli.kubernetes import MANIFEST, VALUES, renewed_secret, secret_manifest, site_values
 from services.cli.operator import CERTIFICATE, KEY
 from services.common.clock import SystemClock
 from services.common.documents.charter import JoinFile, Member, join_blob, load_join
@@ -45,13 +45,14 @@ def init(
     consortium: Annotated[str, typer.Option(help="the consortium's name: a-z, 0-9 and '-'")],
     out: Annotated[Path, typer.Option(help="folder for the keys; nothing in it is overwritten")],
     days: Annotated[float, typer.Option(min=1, max=398, help="life of the first TLS certificate")] = _LEAF_DAYS,
+    aggregator: Annotated[str, typer.Option(help="host:port that this site will dial, where it is known")] = "",
 ) -> None:
-    """Make this site's keys and its join.yaml for the charter.
+    """Make this site's keys, its join.yaml for the charter, and secret.yaml and site.yaml for its cluster.
 
     Example: wardround site init --role hospital --id alice --organisation "Alice Hospital" --consortium lesions --out
     keys/
     """
-    join, files = make_site(Role(role.value), id, organisation, consortium, out, days)
+    join, files = make_site(Role(role.value), id, organisation, consortium, out, days, aggregator)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{role.value} {id} of {organisation}: {files} files in {out}")
     console.print(f"  fingerprint of the identity key: {fingerprint(join.identity_key)}")
@@ -65,9 +66,15 @@ def init(
 
 
 def make_site(
-    role: Role, id: str, organisation: str, consortium: str, out: Path, days: float = _LEAF_DAYS
+    role: Role,
+    id: str,
+    organisation: str,
+    consortium: str,
+    out: Path,
+    days: float = _LEAF_DAYS,
+    aggregator: str = "",
 ) -> tuple[JoinFile, int]:
-    """Write a new site's keys, certificates and join.yaml to `out`; the join file, and how many files.
+    """Write a new site's keys, certificates, join.yaml, secret.yaml and site.yaml to `out`; how many files, too.
 
     Raises MALFORMED for a name that is no DNS label, CONFLICT rather than overwriting anything.
     """
@@ -88,6 +95,7 @@ def make_site(
     }
     contents = {name: content for name, (content, _) in files.items()}
     files[MANIFEST] = (secret_manifest(id, contents), SECRET)
+    files[VALUES] = (site_values(role, id, aggregator), PUBLIC)
     refuse_existing([out / name for name in files])
     out.mkdir(parents=True, exist_ok=True)
     for name, (content, mode) in files.items():

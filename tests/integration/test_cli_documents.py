@@ -107,13 +107,26 @@ def test_the_secret_for_the_cluster_holds_the_exact_keys_and_follows_a_renewal(t
         manifest = YAML(typ="safe", pure=True).load((tmp_path / "secret.yaml").read_text())
         assert (manifest["kind"], manifest["metadata"]["name"]) == ("Secret", "wardround-oak")
         held = {key: b64decode(text) for key, text in manifest["data"].items()}
-        files = {"identity.pem": "identity.pem", "tls.crt": "tls.pem", "tls.key": "tls-key.pem"}
-        assert held == {key: (tmp_path / file).read_bytes() for key, file in files.items()}
+        assert held == {name: (tmp_path / name).read_bytes() for name in ("identity.pem", "tls.pem", "tls-key.pem")}
         assert stat.S_IMODE((tmp_path / "secret.yaml").stat().st_mode) == 0o600
-        before = held["tls.crt"]
+        before = held["tls.pem"]
         said = run("site", "renew", tmp_path)
         assert all(text not in said for text in manifest["data"].values())
     assert (tmp_path / "tls.pem").read_bytes() != before
+
+
+def test_the_values_for_the_chart_ask_for_what_only_the_site_knows(tmp_path: Path, run: Run) -> None:
+    values = {}
+    for role in ("hospital", "pod", "aggregator"):
+        run("site", "init", "--role", role, "--id", role, "--organisation", role, "--consortium", "c", "--out",
+            tmp_path / role, "--aggregator", "centre.example.org:443")  # fmt: skip
+        text = (tmp_path / role / "site.yaml").read_text()
+        assert "BEGIN" not in text
+        values[role] = YAML(typ="safe", pure=True).load(text)
+    dialled = {"id": "pod", "aggregator": "centre.example.org:443"}
+    assert values["pod"] == {"config": dialled, "secretName": "wardround-pod"}
+    assert values["aggregator"] == {"config": {"id": "aggregator"}, "secretName": "wardround-aggregator"}
+    assert values["hospital"]["data"] == {"existingClaim": ""}
 
 
 def test_operators_are_certified_by_the_centre_alone(tmp_path: Path, run: Run, refused: Run) -> None:
