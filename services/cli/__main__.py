@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, data, demo, model, policy, site, study, verify
+from services.cli import charter, data, demo, ledger, model, policy, site, study, verify
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.add_typer(site.app, name="site")
 app.add_typer(charter.app, name="charter")
 app.add_typer(study.app, name="study")
 app.add_typer(policy.app, name="policy")
+app.add_typer(ledger.app, name="ledger")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.command("demo")(demo.demo)

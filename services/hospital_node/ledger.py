@@ -34,6 +34,9 @@ CREATE TRIGGER ledger_lasts BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'l
 """
 
 
+_ENTRIES = "SELECT sequence, previous, head, event FROM ledger ORDER BY sequence"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One link of the chain; `event` are the exact bytes that the head covers."""
@@ -68,6 +71,13 @@ class Ledger:
         with database.transaction() as connection:
             connection.execute("INSERT OR IGNORE INTO ledger_start VALUES (1, ?)", (secrets.token_bytes(32),))
         verify_entries(self._entries(), self._start())
+
+    @classmethod
+    def read(cls, database: Database) -> tuple[tuple[Entry, ...], bytes | None]:
+        """The links as they lie there, unverified, and head_0 (None in a store that no hospital ever opened)."""
+        started = database.query("SELECT random FROM ledger_start")
+        entries = tuple(Entry(*row) for row in database.query(_ENTRIES))
+        return entries, hashlib.sha256(_LABEL + started[0][0]).digest() if started else None
 
     def mark(self) -> LedgerMark:
         """{sequence, head} after the last event (L-4)."""
@@ -123,8 +133,7 @@ class Ledger:
         return hashlib.sha256(_LABEL + self._database.query("SELECT random FROM ledger_start")[0][0]).digest()
 
     def _entries(self) -> Iterator[Entry]:
-        rows = self._database.query("SELECT sequence, previous, head, event FROM ledger ORDER BY sequence")
-        return (Entry(*row) for row in rows)
+        return (Entry(*row) for row in self._database.query(_ENTRIES))
 
 
 def verify_entries(entries: Iterable[Entry], start: bytes | None = None) -> LedgerMark | None:

@@ -40,6 +40,7 @@ CREATE TABLE left_out (
 ) STRICT;
 CREATE TABLE halts (study BLOB PRIMARY KEY, reason TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
 """
+DATABASE = "hospital.sqlite"
 MIGRATIONS = (ledger.SCHEMA, SCHEMA)
 _SELECT = (
     "SELECT study, round, attempt, manifest, manifest_blob, charter, core, vector_name, header, header_signature, "
@@ -103,7 +104,7 @@ class Store:
     """Rows and blobs of one hospital under `state`. Raises UNSAFE_STORE when another process has it open."""
 
     def __init__(self, state: Path) -> None:
-        self.database: Database = open_database(state / "hospital.sqlite", MIGRATIONS)
+        self.database: Database = open_database(state / DATABASE, MIGRATIONS)
         self.blobs = BlobStore(state / "vectors")
         self._sweep()
 
