@@ -73,9 +73,20 @@ class Committee:
         self._numbers = itertools.count(secrets.randbits(48))  # an answer to an earlier life's command matches nothing
 
     def join(self, pod: str, feed: Feed[WatchResponse], boot: bytes, live: bool, charters: tuple[bytes, ...]) -> None:
-        """A pod dialled; an older stream of the same pod ends."""
+        """A pod dialled; an older stream of the same process ends.
+
+        Raises CONFLICT while another process of the same identity is connected: of two releases of one pod the second
+        is refused. A process that died frees its place as its connection ends, at the latest by keep-alive.
+        """
         with self._lock:
             before = self._links.get(pod)
+            if before is not None and before.boot != boot and not before.feed.ended:
+                _log.error("two processes with one identity", extra={"pod": pod})
+                raise ServiceError(
+                    Reason.CONFLICT,
+                    f"another process with the identity of {pod} is connected: a pod runs once, so stop this one or "
+                    "that one (two releases of one site?); one that died is given up within 80 s",
+                )
             self._links[pod] = _Link(feed, boot, live, charters)
             self._commands = {number: asked for number, asked in self._commands.items() if asked[0] != pod}
         if before is not None:

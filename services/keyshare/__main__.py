@@ -80,7 +80,7 @@ def run(config: PodConfig, stop: threading.Event) -> None:
             _tick(pod, pinned, client, health)
             administration.show()
         if not stop.is_set():
-            raise RuntimeError("the connection loop has ended by itself")
+            raise client.refusal or RuntimeError("the connection loop has ended by itself")
         _log.info("stopping")
         caller.close()
         worker.join()

@@ -32,9 +32,11 @@ class Client:
     def __init__(self, pod: Pod, caller: Caller, stop: threading.Event) -> None:
         self._pod, self._caller, self._stop = pod, caller, stop
         self._orders: Stream[wire.WatchResponse] | None = None
+        self._known = False  # an order came: to the aggregator this process is the pod
+        self.refusal: ServiceError | None = None
 
     def run(self) -> None:
-        """Dial, take orders, dial again."""
+        """Dial, take orders, dial again. Ends by itself, with `refusal`, where another process is this pod already."""
         wait = 0.2
         while not self._stop.is_set():
             try:
@@ -42,6 +44,9 @@ class Client:
             except ServiceError as error:
                 served = False
                 _log.info("no connection to the aggregator: %s", error.detail)
+                if error.reason is Reason.CONFLICT and not self._known:
+                    self.refusal = error
+                    return
             wait = 0.2 if served else min(2 * wait, 10.0)
             self._stop.wait(wait)
 
@@ -61,8 +66,10 @@ class Client:
                 for order in orders:
                     with metrics.SECONDS.labels(order.WhichOneof("order") or "unknown").time():
                         self._serve(order)
-                    served = True
+                    served = self._known = True
             except ServiceError as error:
+                if error.reason is Reason.CONFLICT:
+                    raise
                 _log.info("the aggregator's orders ended: %s", error.detail)
             finally:
                 self._orders = None

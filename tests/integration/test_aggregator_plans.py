@@ -209,6 +209,24 @@ def test_P_11_pods_sign_nothing_before_the_marks_of_the_others(tmp_path: Path) -
         whole.hospitals["alice"].wait_for(over(1))
 
 
+def test_the_second_process_with_one_pods_identity_is_refused(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=1) as whole:
+        until(lambda: len(whole.running.coordinator.committee.live()) == 4)
+        twin, first = FakePod(whole.world, "pod-0"), whole.pods["pod-0"]
+        try:
+            with pytest.raises(ServiceError) as caught:
+                whole.running.coordinator.committee.join("pod-0", None, twin.boot, False, ())
+            assert caught.value.reason is Reason.CONFLICT
+            assert "two releases" in caught.value.detail
+            whole.join(*NAMES)
+            whole.hospitals["alice"].wait_for(over(1))
+            assert not twin.orders
+            first.stop()
+            until(lambda: twin.live)
+        finally:
+            twin.stop()
+
+
 def refusal_of(call: object) -> Reason:
     with pytest.raises(ServiceError) as caught:
         call()

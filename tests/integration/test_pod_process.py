@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -307,6 +308,25 @@ def test_second_process_on_the_store(aggregator: FakeAggregator, pod: PodProcess
     assert "in use by another process" in pod.log()
     pod.process = first
     assert pod.go_live().live
+
+
+def test_second_release_of_one_identity(aggregator: FakeAggregator, pod: PodProcess) -> None:
+    """Another store, so no lock stands between them: the aggregator refuses the one that comes second, and it ends."""
+    aggregator.taken = True
+    assert pod.spawn().wait(30) == 2
+    (line,) = [line for line in pod.log().splitlines() if not line.startswith("{")]
+    assert "another process with this identity is connected" in line
+    aggregator.taken = False
+    pod.start()
+    assert pod.go_live().live
+    aggregator.taken = True
+    assert pod.process is not None
+    aggregator.stop()
+    aggregator.start()
+    with pytest.raises(subprocess.TimeoutExpired):
+        pod.process.wait(2)
+    aggregator.taken = False
+    assert aggregator.wait_for(pod.id).live, "who was the pod before does not end, and keeps its round keys"
 
 
 def test_sigterm_without_an_aggregator(aggregator: FakeAggregator, pod: PodProcess) -> None:

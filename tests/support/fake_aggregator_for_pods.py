@@ -59,6 +59,7 @@ class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
         self.offers: dict[bytes, list[tuple[Signed, bytes]]] = {}
         self.lost: set[str] = set()  # RPCs whose answers never arrive
         self.refused = threading.Event()  # one of them was tried
+        self.taken = False  # another process is this pod already
         self.hellos: queue.Queue[wire.WatchRequest] = queue.Queue()
         self._feeds: dict[str, Feed[wire.WatchResponse]] = {}
         self._answers: dict[int, Future[Any]] = {}
@@ -115,6 +116,8 @@ class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
         return hello
 
     def Watch(self, request: wire.WatchRequest, context: grpc.ServicerContext) -> Iterator[wire.WatchResponse]:
+        if self.taken:
+            raise ServiceError(Reason.CONFLICT, "another process with this identity is connected: stop one")
         feed: Feed[wire.WatchResponse] = Feed(context)
         self._feeds[peer(context).id] = feed
         self.hellos.put(request)
