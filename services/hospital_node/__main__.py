@@ -111,6 +111,9 @@ def run(
         show_charters(tuple(documents.charters()))
 
     LOOK.watch(look)
+    for entry in documents.policy().document.studies:  # known and alerted on, whether or not the aggregator is there
+        study = bytes.fromhex(entry.sha256)
+        metrics.show_figures(study, participation.privacy(study))
     node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())

@@ -3,6 +3,8 @@ patients' data: no losses, no batch sizes, no training failures, nor when traini
 many were drawn; ε is a function of the study and the rounds alone.
 """
 
+from collections.abc import Mapping
+
 from prometheus_client import Counter, Gauge
 
 from services.common.documents.policy import LoadedPolicy
@@ -92,12 +94,17 @@ def show(progress: Progress) -> None:
         if progress.study_name:
             _names[short(progress.study)] = progress.study_name
             show_studies(_names)
-        for key, gauge in _OF_STUDY.items():
-            if key in progress.figures:
-                gauge.labels(short(progress.study)).set(progress.figures[key])
+        show_figures(progress.study, progress.figures)
+
+
+def show_figures(study: bytes, figures: Mapping[str, float]) -> None:
+    """ε and rounds of a study, and of the data set, as far as `figures` has them."""
+    for key, gauge in _OF_STUDY.items():
+        if key in figures:
+            gauge.labels(short(study)).set(figures[key])
     for key, gauge in _OF_DATASET.items():
-        if key in progress.figures:
-            gauge.set(progress.figures[key])
+        if key in figures:
+            gauge.set(figures[key])
 
 
 def show_policy(policy: LoadedPolicy) -> None:

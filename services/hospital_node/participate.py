@@ -349,21 +349,23 @@ class Participation:
         if detail is not None:
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
 
-    def _figures(self, study: LoadedStudy) -> None:
-        """ε as the ledger has it now: functions of the study and the rounds, not of the data."""
-        policy, digest_hex, account = self._consents.policy(), study.digest.hex(), self.ledger.account()
-        allowed = policy.allowed(study.digest)
+    def privacy(self, study: bytes) -> dict[str, float]:
+        """ε as ledger and policy have it now: functions of the study and the rounds, not of the data."""
+        policy, digest_hex, account = self._consents.policy(), study.hex(), self.ledger.account()
+        allowed = policy.allowed(study)
         caps = Caps(policy.document.dataset_epsilon, policy.document.dataset_delta)
         spent, dataset = account.study(digest_hex), account.dataset(caps).epsilon
-        self.progress.figures |= {
+        return {
             "epsilon_spent": spent,
             "epsilon_left": max(0.0, (allowed.epsilon if allowed is not None else 0.0) - spent),
             "epsilon_solo": account.study(digest_hex, solo=True),
             "dataset_epsilon_spent": dataset,
             "dataset_epsilon_left": max(0.0, caps.epsilon - dataset),
             "dataset_epsilon_solo": account.dataset(caps, solo=True).epsilon,
-            "rounds_total": float(total_rounds(study)),
         }
+
+    def _figures(self, study: LoadedStudy) -> None:
+        self.progress.figures |= self.privacy(study.digest) | {"rounds_total": float(total_rounds(study))}
 
     def _say(self, phase: str, detail: str) -> None:
         self.progress.phase, self.progress.detail = phase, detail
