@@ -4,6 +4,7 @@ Which patients, which image of each, how it is turned, and the noise: all from f
 (privacy.md §4). torch's and numpy's generators decide nothing here.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from services.common.dp.keystream import words
 from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale
 from services.common.dp.sampling import choose_one, poisson_sample
 from services.common.errors import Reason, ServiceError
+from services.hospital_node import metrics
 from services.hospital_node.clipping import clipped_sum, integer_sum
 from services.hospital_node.dataset import Dataset, Fold
 from services.hospital_node.inputs import TURNS, Inputs
@@ -99,7 +101,11 @@ def _private(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, 
         for rows in _draw(fold, study, inputs, keys, poisson_sample(keys(), len(fold), privacy.sampling_rate)):
             at_once = max(1, micro_batch * study.training.augmentations // rows.images.shape[1])
             for images, labels in _tensors(rows, dataset, inputs, at_once * _BLOCK, device):
+                began = time.perf_counter()
                 total += clipped_sum(module, images, labels, privacy.clip, at_once)
+                # Every pass has `at_once` places, filled or not: how many were drawn is not to be told.
+                places = -(-images.shape[0] // at_once) * at_once * images.shape[1]
+                metrics.computed(places, time.perf_counter() - began)
                 seen += labels.numel()
         # One rounding of the whole sum: Δ₂ counts √d once. The noise comes after it, in integers.
         noised = integer_sum(total, privacy.scale_bits) + noise.draw(keys(), parameters)
@@ -121,11 +127,13 @@ def _plain(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, ke
         chosen, waiting = waiting[: training.batch_size], waiting[training.batch_size :]
         module.zero_grad(set_to_none=True)
         seen = 0
+        began = time.perf_counter()
         for rows in _draw(fold, study, inputs, keys, chosen):
             for images, labels in _tensors(rows, dataset, inputs, training.micro_batch, device):
                 loss = functional.cross_entropy(module(images.flatten(0, 1)), labels.flatten(), reduction="sum")
                 (loss / rows.images.size).backward()  # type: ignore[no-untyped-call]  # torch has no types here
                 seen += labels.numel()
+        metrics.computed(seen, time.perf_counter() - began)
         flat = [p.grad.cpu().numpy().ravel() for _, p in trainable(module) if p.grad is not None]
         return np.concatenate(flat).astype(np.float64), seen
 

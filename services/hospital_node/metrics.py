@@ -57,6 +57,13 @@ _REFUSALS = Counter("wardround_refusals_total", "Rounds or attempts that this ho
 _HALTED = Gauge("wardround_study_halted", "1 when an alarm stopped the open study here, else 0")
 _CONNECTED = Gauge("wardround_connected", "1 while the aggregator's state is being watched, else 0")
 _UNPINNED = Gauge("wardround_charter_unpinned", "1 while the open round runs under a charter not pinned here, else 0")
+_SPEED = Gauge(
+    "wardround_training_images_per_second",
+    "Speed of the newest pass of fixed size, places that no patient fills included, in two digits",
+)
+_GPU = Gauge(
+    "wardround_gpu_memory_bytes", "Memory of the GPU that trains, in sixteenths of it; 0 without one", ["kind"]
+)
 _LEDGER = Gauge("wardround_ledger_events", "Events in the ledger")
 _LEDGER_HEAD = Gauge(
     "wardround_ledger_head_timestamp_seconds", "When the ledger's newest event was seen, Unix seconds (0: none yet)"
@@ -76,6 +83,8 @@ _OF_DATASET = {
 }
 _names: dict[str, str] = {}  # of studies; empty until the study was fetched
 
+for _kind in ("used", "total"):
+    _GPU.labels(_kind)
 for _phase in PHASES:
     _PHASE.labels(_phase)
 for _reason in Reason:
@@ -135,6 +144,19 @@ def connected(is_connected: bool) -> None:
 def unpinned(is_unpinned: bool) -> None:
     """Whether the open round's charter is none of those pinned here."""
     _UNPINNED.set(is_unpinned)
+
+
+def computed(images: int, seconds: float) -> None:
+    """A pass over `images`, the empty places of a fixed size included: its time is the machine's, not the data's."""
+    if seconds > 0:
+        _SPEED.set(float(f"{images / seconds:.2g}"))
+
+
+def gpu_memory(most_used: int, total: int) -> None:
+    """Bytes. Coarse: how many patients were drawn must not be read from it."""
+    step = max(1, total // 16)
+    _GPU.labels("used").set(min(total, -(-most_used // step) * step))
+    _GPU.labels("total").set(total)
 
 
 class LedgerHead:

@@ -13,7 +13,7 @@ from services.hospital_node.dataset import Dataset, Split, load_dataset
 from services.hospital_node.evaluation import evaluate
 from services.hospital_node.models import build, layout, read_model_file
 from services.hospital_node.release import Counts
-from services.hospital_node.training import Compute, Task, discard_progress, prepare, train_round
+from services.hospital_node.training import Compute, Task, discard_progress, prepare, show_gpu, train_round
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class SiteTrainer:
             should_stop=should_stop,
             compute=self._compute,
         )
+        show_gpu(self._compute)
         return None if result is None else result.delta
 
     def evaluate(self, study: LoadedStudy, model: Path, split: Split) -> Counts:

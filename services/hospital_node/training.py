@@ -21,6 +21,7 @@ from safetensors.numpy import save as safetensors_bytes
 from services.common.documents.study import Study
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import replace_file, sync_folder
+from services.hospital_node import metrics
 from services.hospital_node.dataset import Dataset
 from services.hospital_node.gradients import gradients
 from services.hospital_node.inputs import open_inputs
@@ -84,6 +85,15 @@ def open_device(compute: Compute) -> torch.device:
         )
     wants_gpu = compute.device == "cuda" or (compute.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if wants_gpu else "cpu")
+
+
+def show_gpu(compute: Compute) -> None:
+    """The most GPU memory that training has taken, for the metrics; nothing on a CPU."""
+    device = open_device(compute)
+    if device.type == "cuda":
+        metrics.gpu_memory(
+            torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        )
 
 
 def prepare(dataset: Dataset, study: Study, compute: Compute, should_stop: Callable[[], bool] = lambda: False) -> None:

@@ -74,6 +74,7 @@ def test_units_are_what_the_names_say() -> None:
             assert unit == "Unix seconds", name
         else:
             assert (unit == "seconds") == base.endswith("_seconds"), name
+            assert (unit == "images per second") == base.endswith("_images_per_second"), name
             assert (unit == "bytes") == base.endswith("_bytes"), name
 
 

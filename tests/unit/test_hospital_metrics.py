@@ -61,3 +61,14 @@ def test_the_ledger_head_has_the_time_of_the_newest_event() -> None:
     assert shown("ledger_head_timestamp_seconds") == 50
     head.show(4, 70_000)
     assert (shown("ledger_events"), shown("ledger_head_timestamp_seconds")) == (4, 70)
+
+
+def test_speed_and_gpu_memory_are_coarse() -> None:
+    metrics.computed(12_345, 1.0)
+    assert shown("training_images_per_second") == 12_000
+    for used in (1, 5 << 30):
+        metrics.gpu_memory(used, 80 << 30)
+        assert shown("gpu_memory_bytes", kind="used") == 5 << 30
+    assert shown("gpu_memory_bytes", kind="total") == 80 << 30
+    metrics.gpu_memory(0, 0)
+    assert shown("gpu_memory_bytes", kind="used") == 0

@@ -78,6 +78,19 @@ def test_plain_training_learns(site: Dataset, tmp_path: Path) -> None:
     assert counts.hits.sum() == counts.totals.sum()
 
 
+def test_the_speed_that_is_shown_does_not_tell_how_many_were_drawn(
+    site: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """privacy.md §3: every pass counts the places of its fixed shape, filled or not."""
+    passes: list[int] = []
+    monkeypatch.setattr(gradients.metrics, "computed", lambda images, seconds: passes.append(images))
+    study = small_study(training={"micro_batch": 4}, privacy={"sampling_rate": 0.5, "steps_per_round": 12})
+    for key in range(3):
+        train(site, tmp_path / str(key), study, counted_keys(100 * key))
+    assert passes
+    assert {images % (4 * study.training.augmentations) for images in passes} == {0}
+
+
 def test_p8_library_generators_decide_nothing(site: Dataset, tmp_path: Path) -> None:
     """P-8: seeds of torch and numpy change nothing when the keys are equal; without equal keys every run differs."""
     study = small_study()
