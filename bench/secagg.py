@@ -94,7 +94,7 @@ def hospital(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[flo
     import numpy as np
 
     from services.common.secagg import masking, sealing
-    from services.common.secagg.digests import VectorDigest
+    from services.common.secagg.digests import chunk_digest, vector_digest
     from services.common.secagg.encoding import encode_vector, quantise
 
     d, lane = row["d"], table.lanes[1]
@@ -105,11 +105,12 @@ def hospital(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[flo
     rounding = bytes(32) if row["ring_bits"] == 16 else None
 
     def work() -> None:
-        x = encode_vector(table, {"parameter": quantise(update, lane.fraction_bits, rounding)})
-        digest = VectorDigest(len(x))
-        for chunk in masking.mask_vector(x, table.ring, keys):
-            digest.add(chunk)
-        digest.result()
+        x = memoryview(encode_vector(table, {"parameter": quantise(update, lane.fraction_bits, rounding)}))
+
+        def fill(start: int, out: memoryview) -> None:
+            out[:] = x[start : start + len(out)]
+
+        vector_digest(len(x), masking.mask_vector(fill, len(x), table.ring, keys, chunk_digest))
 
     boxes = committee.pods * sealing.box_bytes(1, len(committee.pieces_of(0)))
     header = 350 + 34 * len(committee.pieces) + 40 * committee.pods
@@ -119,7 +120,7 @@ def hospital(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[flo
 def pod(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[float, float], int]:
     """Sum the streams of this pod's pieces over the cohort and hash them, on one core; bytes that it returns."""
     from services.common.secagg import masking
-    from services.common.secagg.digests import VectorDigest
+    from services.common.secagg.digests import chunk_digest, vector_digest
     from services.common.secagg.ring import chunk_lengths
 
     shared = committee.assign(range(committee.pods))
@@ -129,18 +130,22 @@ def pod(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[float, f
     keys = [bytes([h]) * 32 for h in range(HOSPITALS)]
     total = table.total_bytes
 
+    def keep(chunk: memoryview) -> bytes:
+        bytes(chunk)  # a sum that is released is copied for the wire, one that is only digested is not
+        return chunk_digest(chunk)
+
     def work() -> None:
-        for _ in (*released, *also):
-            digest = VectorDigest(total)
-            for chunk in masking.sum_streams(keys, table.ring, total, 0, len(chunk_lengths(total)), workers=1):
-                digest.add(chunk)
-            digest.result()
+        chunks = len(chunk_lengths(total))
+        for take in (*[keep] * len(released), *[chunk_digest] * len(also)):
+            vector_digest(total, masking.sum_streams(keys, table.ring, total, 0, chunks, take, workers=1))
 
     return seconds(work, 1 if row["d"] > 10**6 else REPEATS), total * len(released)
 
 
 def aggregator(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[float, float], int]:
     """Add every hospital's vector and subtract every piece's mask on one core; bytes that come in."""
+    import numpy as np
+
     from services.common.secagg.ring import CHUNK_BYTES, RingSum, chunk_lengths
 
     inputs = [bytes([i]) * CHUNK_BYTES for i in range(64)]
@@ -148,15 +153,15 @@ def aggregator(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[f
 
     def work() -> None:
         source = cycle(inputs)
-        total = RingSum(table.ring, CHUNK_BYTES)
+        total, out = RingSum(table.ring, CHUNK_BYTES), np.empty(CHUNK_BYTES, np.uint8)
         for length in chunk_lengths(table.total_bytes):
-            total = total if total.size == length else RingSum(table.ring, length)
-            total.clear()
+            if total.size != length:
+                total = RingSum(table.ring, length)
             for chunk in islice(source, HOSPITALS):
                 total.add(memoryview(chunk)[:length])
             for chunk in islice(source, pieces):
                 total.subtract(memoryview(chunk)[:length])
-            total.result()
+            total.take(out[:length])
 
     return seconds(work), table.total_bytes * (HOSPITALS + pieces)
 

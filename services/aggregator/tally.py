@@ -5,9 +5,7 @@ non-finite; what the server step makes of them is checked in `strategy`.
 """
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,53 +15,64 @@ from services.aggregator.vectors import reading
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.digests import VectorDigest
 from services.common.secagg.encoding import LaneTable, check_sentinels, decode_class
-from services.common.secagg.ring import CHUNK_BYTES, I64, RingSum, chunk_lengths
+from services.common.secagg.masking import WORKERS, in_order
+from services.common.secagg.ring import BLOCK_BYTES, CHUNK_BYTES, I64, U8, Ring, RingSum, chunk_lengths
 
 
 def unmask(
-    table: LaneTable, vectors: Sequence[Path], pieces: Sequence[Path], workers: int | None = None
+    table: LaneTable, vectors: Sequence[Path], pieces: Sequence[Path], workers: int = WORKERS
 ) -> Iterator[bytes]:
     """The chunks of Σ = sum of `vectors` - sum of `pieces`, packed, in order; files hold at least `table.total_bytes`.
 
     Raises STORAGE where a file is shorter than it must be.
     """
     lengths = chunk_lengths(table.total_bytes)
-    count = workers or max(1, os.cpu_count() or 1)
-    if len(lengths) == 1:
-        yield _one_chunk(table, vectors, pieces, 0, lengths[0])
-        return
-    with ThreadPoolExecutor(count, thread_name_prefix="tally") as pool:
-        window: deque[Future[bytes]] = deque()
-        for index, length in enumerate(lengths):
-            window.append(pool.submit(_one_chunk, table, vectors, pieces, index, length))
-            if len(window) > 2 * count:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
+    spare: list[_Summer] = []  # append and pop are atomic between threads
+
+    def one(index: int) -> bytes:
+        summer = spare.pop() if spare else _Summer(table.ring)
+        chunk = summer.sum(vectors, pieces, index * CHUNK_BYTES, lengths[index])
+        spare.append(summer)
+        return chunk
+
+    return in_order(one, range(len(lengths)), workers)
 
 
-def _one_chunk(table: LaneTable, vectors: Sequence[Path], pieces: Sequence[Path], index: int, length: int) -> bytes:
-    total, buffer = (
-        RingSum(table.ring, length),
-        memoryview(bytearray(length)),
-    )  # reused: fresh pages cost more than sums
-    for path in vectors:
-        total.add(_read_into(buffer, path, index * CHUNK_BYTES))
-    for path in pieces:
-        total.subtract(_read_into(buffer, path, index * CHUNK_BYTES))
-    return total.result()
+class _Summer:
+    """What one worker uses again for every chunk: fresh pages would cost more than sums."""
+
+    def __init__(self, ring: Ring) -> None:
+        # Sums of 24-bit lanes take eight times their bytes to carry: as a whole chunk they would fill the cache.
+        size = BLOCK_BYTES if ring.bits == 24 else CHUNK_BYTES
+        self._sum, self._read, self._chunk = (
+            RingSum(ring, size),
+            np.empty(size, np.uint8),
+            np.empty(CHUNK_BYTES, np.uint8),
+        )
+
+    def sum(self, vectors: Sequence[Path], pieces: Sequence[Path], start: int, length: int) -> bytes:
+        for done in range(0, length, self._sum.size):
+            out = self._chunk[done : min(done + self._sum.size, length)]
+            total = self._sum if len(out) == self._sum.size else RingSum(self._sum.ring, len(out))
+            buffer = self._read[: len(out)]
+            for path in vectors:
+                total.add(_read_into(buffer, path, start + done))
+            for path in pieces:
+                total.subtract(_read_into(buffer, path, start + done))
+            total.take(out)
+        return self._chunk[:length].tobytes()
 
 
-def _read_into(buffer: memoryview, path: Path, offset: int) -> memoryview:
+def _read_into(buffer: U8, path: Path, offset: int) -> U8:
     with reading(path) as handle:
-        count = os.preadv(handle, [buffer], offset)
+        count = os.preadv(handle, [buffer.data], offset)
     if count != len(buffer):
         raise ServiceError(Reason.STORAGE, f"{path.name} ends before byte {offset + len(buffer)}: the volume lost data")
     return buffer
 
 
-def _read(path: Path, offset: int, length: int) -> memoryview:
-    return _read_into(memoryview(bytearray(length)), path, offset)
+def _read(path: Path, offset: int, length: int) -> U8:
+    return _read_into(np.empty(length, np.uint8), path, offset)
 
 
 @dataclass

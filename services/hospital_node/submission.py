@@ -13,7 +13,7 @@ from typing import Any
 from services.common.secagg import masking, sealing
 from services.common.secagg.blob import encode
 from services.common.secagg.certificate import CheckedManifest
-from services.common.secagg.digests import VectorDigest
+from services.common.secagg.digests import chunk_digest, vector_digest
 from services.common.secagg.messages import BoxDigest, Header, LedgerMark, Signed
 from services.common.secagg.signing import Signer
 
@@ -39,12 +39,18 @@ def mask(x: Any, checked: CheckedManifest, hospital: str, keep: Callable[[Iterat
     committee, manifest = checked.roster.committee, checked.M
     seeds = tuple(secrets.token_bytes(sealing.SEED_BYTES) for _ in committee.pieces)
     keys = [masking.stream_key(seed, manifest, hospital, j) for j, seed in enumerate(seeds)]
-    total = memoryview(x).nbytes
-    vector, digests = VectorDigest(total), []
+    packed = memoryview(x).cast("B")
+    total, digests = packed.nbytes, []
+
+    def fill(start: int, out: memoryview) -> None:
+        out[:] = packed[start : start + len(out)]
+
+    def take(chunk: memoryview) -> tuple[bytes, bytes]:
+        return bytes(chunk), chunk_digest(chunk)
 
     def chunks() -> Iterator[bytes]:
-        for chunk in masking.mask_vector(x, checked.table.ring, keys):
-            digests.append(vector.add(chunk))
+        for chunk, digest in masking.mask_vector(fill, total, checked.table.ring, keys, take):
+            digests.append(digest)
             yield chunk
 
     stored = keep(chunks())
@@ -60,7 +66,7 @@ def mask(x: Any, checked: CheckedManifest, hospital: str, keep: Callable[[Iterat
     return Masked(
         y=stored,
         total_bytes=total,
-        vector=vector.result(),
+        vector=vector_digest(total, digests),
         chunk_digests=tuple(digests),
         commitments=tuple(masking.commitment(manifest, hospital, j, seed) for j, seed in enumerate(seeds)),
         boxes=boxes,

@@ -109,7 +109,11 @@ class Client:
             case "lock":
                 return {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
             case "digest":
-                return {"piece_sums": [to_wire(item) for item in self._sums(order) if isinstance(item, Signed)]}
+                return {
+                    "piece_sums": [
+                        to_wire(item) for item in self._sums(order, vectors=False) if isinstance(item, Signed)
+                    ]
+                }
             case "abandon":
                 ref = Ref(order.study, order.round, order.attempt)
                 return {"abandon": to_wire(pod.abandon(order.charter, ref, order.manifest))}
@@ -125,12 +129,13 @@ class Client:
             case _:
                 return {"nonce": pod.state.boot}
 
-    def _sums(self, order: Any) -> Iterator[Chunk | Signed]:
-        return self._pod.release(order.manifest, order.certificate, order.pieces, order.first_chunk, order.chunks)
+    def _sums(self, order: Any, *, vectors: bool) -> Iterator[Chunk | Signed]:
+        what = order.manifest, order.certificate, order.pieces, order.first_chunk, order.chunks
+        return self._pod.release(*what, vectors)
 
     def _released(self, command: int, order: wire.ReleaseOrder) -> Iterator[wire.ReleaseRequest]:
         try:
-            for item in self._sums(order):
+            for item in self._sums(order, vectors=True):
                 if isinstance(item, Signed):
                     yield wire.ReleaseRequest(command=command, piece_sum=to_wire(item))
                 else:

@@ -2,31 +2,32 @@
 
 from collections.abc import Iterator, Sequence
 
-from services.common.secagg.digests import chunk_digest, vector_digest
+from services.common.secagg.digests import chunk_digest
 from services.common.secagg.encoding import LaneTable
 from services.common.secagg.masking import sum_streams
+from services.common.secagg.ring import chunk_lengths
 
 Chunk = tuple[int, int, bytes]
 """(piece, index of the chunk in the whole vector, packed lanes)."""
 
 
-def sum_chunks(keys: Sequence[bytes], table: LaneTable, first: int, chunks: int) -> Iterator[tuple[int, bytes]]:
-    """(index, packed lanes) of the sum of the streams of `keys`, one a hospital of U. MALFORMED outside the vector."""
-    return enumerate(sum_streams(keys, table.ring, table.total_bytes, first, chunks), first)
+def sum_chunks(
+    keys: Sequence[bytes], table: LaneTable, first: int, chunks: int, keep: bool
+) -> Iterator[tuple[int, bytes, bytes]]:
+    """(index, packed lanes, their SHA-256) of the sum of the streams of `keys`, one a hospital of U.
+
+    Without `keep` the lanes are empty: a digest needs none. Raises MALFORMED outside the vector.
+    """
+
+    def take(chunk: memoryview) -> tuple[bytes, bytes]:
+        return bytes(chunk) if keep else b"", chunk_digest(chunk)
+
+    for index, (data, digest) in enumerate(
+        sum_streams(keys, table.ring, table.total_bytes, first, chunks, take), first
+    ):
+        yield index, data, digest
 
 
-class RangeDigest:
-    """The vector digest (protocol.md §10) of a range of chunks that arrive in order."""
-
-    def __init__(self) -> None:
-        self._bytes = 0
-        self._digests: list[bytes] = []
-
-    def add(self, data: bytes) -> None:
-        """The next chunk."""
-        self._bytes += len(data)
-        self._digests.append(chunk_digest(data))
-
-    def result(self) -> bytes:
-        """The digest."""
-        return vector_digest(self._bytes, self._digests)
+def range_bytes(table: LaneTable, first: int, chunks: int) -> int:
+    """Packed bytes of a range of chunks."""
+    return sum(chunk_lengths(table.total_bytes)[first : first + chunks])

@@ -18,6 +18,7 @@ from services.common.secagg import blob as codec
 from services.common.secagg import certificate as valid
 from services.common.secagg import messages
 from services.common.secagg.cohort import Cohort
+from services.common.secagg.digests import vector_digest
 from services.common.secagg.masking import commitment, stream_key
 from services.common.secagg.messages import Signed
 from services.common.secagg.roster import Roster
@@ -25,7 +26,7 @@ from services.common.secagg.sealing import SealingKey, box_info, generate, open_
 from services.common.secagg.signing import Signer, digest, open_claimed, open_signed
 from services.keyshare import custody, facts
 from services.keyshare.facts import Entry, Ref, State
-from services.keyshare.masksum import Chunk, RangeDigest, sum_chunks
+from services.keyshare.masksum import Chunk, range_bytes, sum_chunks
 from services.keyshare.store import CustodyStore
 
 T = TypeVar("T")
@@ -150,9 +151,9 @@ class Pod:
         return self._sign(checked, "lock", messages.Lock(checked.M, parsed.digest, len(parsed.members), self.id))
 
     def release(
-        self, manifest: bytes, certificate: bytes, pieces: Sequence[int], first: int, chunks: int
+        self, manifest: bytes, certificate: bytes, pieces: Sequence[int], first: int, chunks: int, vectors: bool = True
     ) -> Iterator[Chunk | Signed]:
-        """Release → of each piece its chunks, then its signed PieceSum. Digest takes the signed ones alone."""
+        """Release → of each piece its chunks, then its signed PieceSum. Digest (no `vectors`) → those alone."""
         checked = self._manifest(manifest)
         cohort = valid.check_certificate(checked, certificate)
         locks = codec.decode(messages.CohortCertificate, certificate).locks
@@ -162,12 +163,14 @@ class Pod:
         for piece in pieces:
             streams = self._keys(checked).streams
             keys = [streams[member.hospital][own.index(piece)] for member in cohort.members]
-            vector = RangeDigest()
-            for index, data in sum_chunks(keys, checked.table, first, chunks):
+            digests = []
+            for index, data, hashed in sum_chunks(keys, checked.table, first, chunks, vectors):
                 self._keys(checked)  # raises once they were dropped (P-22)
-                vector.add(data)
-                yield piece, index, data
-            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, chunks, vector.result(), self.id)
+                digests.append(hashed)
+                if vectors:
+                    yield piece, index, data
+            vector = vector_digest(range_bytes(checked.table, first, chunks), digests)
+            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, chunks, vector, self.id)
             yield self._sign(checked, "release", answer)
 
     def abandon(self, charter: bytes, ref: Ref, manifest: bytes) -> Signed:

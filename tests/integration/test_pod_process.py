@@ -132,7 +132,7 @@ def test_whole_round_over_the_wire(aggregator: FakeAggregator, pod: PodProcess) 
         total = np.zeros(checked.table.total_lanes, np.uint32)
         for one in submissions:
             key = masking.stream_key(one.seeds[piece], checked.M, one.parsed.hospital, piece)
-            (stream,) = masking.sum_streams([key], checked.table.ring, checked.table.total_bytes, 0, 1)
+            (stream,) = masking.sum_streams([key], checked.table.ring, checked.table.total_bytes, 0, 1, bytes)
             total += checked.table.ring.unpack(stream)
         assert chunks[piece] == hashlib.sha256(checked.table.ring.pack(total)).digest()
     digests = aggregator.ask(pod.id, digest=wire.DigestOrder(**order)).piece_sums

@@ -41,6 +41,7 @@ from services.common.secagg.messages import (
 from services.common.secagg.roster import Limits, MemberKey, Roster
 from services.common.secagg.sealing import SealingKey
 from services.common.secagg.signing import Signer, digest
+from tests.support.masked import masked
 
 NOW = 1_800_000_000_000  # Unix ms
 STUDY = hashlib.sha256(b"a study").digest()
@@ -145,7 +146,7 @@ class Consortium:
         keys = [masking.stream_key(seed, checked.M, hospital, j) for j, seed in enumerate(seeds)]
         vector = VectorDigest(len(x))
         y = bytearray()
-        for chunk in masking.mask_vector(x, ring, keys):
+        for chunk in masked(x, ring, keys):
             vector.add(chunk)
             y += chunk
         boxes = {

@@ -208,7 +208,7 @@ class FakeAggregator(
                 assert masking.commitment(checked.M, header.hospital, piece, seed) == header.commitments[piece]
         y = b"".join(arrived.chunks)
         keys = [masking.stream_key(seeds[j], checked.M, header.hospital, j) for j in sorted(seeds)]
-        streams = masking.sum_streams(keys, ring, len(y), 0, len(chunk_lengths(len(y))))
+        streams = masking.sum_streams(keys, ring, len(y), 0, len(chunk_lengths(len(y))), bytes)
         out = bytearray()
         for index, stream in enumerate(streams):
             total = RingSum(ring, len(stream))

@@ -24,6 +24,7 @@ from services.common.secagg.messages import BoxDigest, Header, LedgerMark, Signe
 from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import digest
 from tests.support.aggregator_world import World
+from tests.support.masked import masked
 from wardround.model.v1 import model_pb2
 from wardround.model.v1.model_pb2_grpc import ModelDistributionServiceStub
 from wardround.round.v1 import round_pb2
@@ -183,7 +184,7 @@ class FakeHospital:
         seeds = [os.urandom(32) for _ in committee.pieces]
         keys = [masking.stream_key(seed, checked.M, self.id, piece) for piece, seed in enumerate(seeds)]
         vector, chunks = VectorDigest(len(x)), []
-        for chunk in masking.mask_vector(x, checked.table.ring, keys):
+        for chunk in masked(x, checked.table.ring, keys):
             vector.add(chunk)
             chunks.append(bytes(chunk))
         assert all(len(chunk) == CHUNK_BYTES for chunk in chunks[:-1])

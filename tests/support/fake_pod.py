@@ -232,7 +232,7 @@ class FakePod:
         keys = [self._seeds[checked.M][member.hospital][1][piece] for member in cohort.members]
         total = checked.table.total_bytes
         for number, chunk in enumerate(
-            masking.sum_streams(keys, checked.table.ring, total, order.first_chunk, order.chunks)
+            masking.sum_streams(keys, checked.table.ring, total, order.first_chunk, order.chunks, bytes)
         ):
             wrong = piece in self.lie and number == 0
             yield bytes([chunk[0] ^ 1]) + chunk[1:] if wrong else chunk

@@ -47,7 +47,7 @@ def unmask(table: LaneTable, manifest: bytes, hospital: str, y: bytes, seeds: di
     total.add(y)
     for piece, seed in seeds.items():
         key = masking.stream_key(seed, manifest, hospital, piece)
-        for chunk in masking.sum_streams([key], table.ring, len(y), 0, 1):
+        for chunk in masking.sum_streams([key], table.ring, len(y), 0, 1, bytes):
             total.subtract(chunk)
     return decode_class(table, "parameter", total.result()[12:])
 
@@ -74,7 +74,7 @@ def test_all_but_one_hospital_of_one_mind_read_the_last_vector() -> None:
         total.add(submission.y)
     for piece in range(len(c.roster.committee.pieces)):
         keys = [masking.stream_key(sent[h].seeds[piece], manifest, h, piece) for h in sent]
-        for chunk in masking.sum_streams(keys, table.ring, table.total_bytes, 0, 1):
+        for chunk in masking.sum_streams(keys, table.ring, table.total_bytes, 0, 1, bytes):
             total.subtract(chunk)
     released = decode_class(table, "parameter", total.result()[12:])
     assert np.array_equal(released, sum(SECRETS.values()))
@@ -92,7 +92,7 @@ def test_two_cohorts_that_differ_by_one_hospital_read_it() -> None:
             total.add(sent[h].y)
         for piece in range(4):
             keys = [masking.stream_key(sent[h].seeds[piece], manifest, h, piece) for h in hospitals]
-            for chunk in masking.sum_streams(keys, table.ring, table.total_bytes, 0, 1):
+            for chunk in masking.sum_streams(keys, table.ring, table.total_bytes, 0, 1, bytes):
                 total.subtract(chunk)
         return decode_class(table, "parameter", total.result()[12:])
 

@@ -22,7 +22,7 @@ def test_keys_commitments_and_streams(case: dict[str, str]) -> None:
     key = masking.stream_key(seed, manifest, case["hospital"], piece)
     assert key.hex() == case["key"]
     assert masking.commitment(manifest, case["hospital"], piece, seed).hex() == case["commitment"]
-    stream = b"".join(masking.sum_streams([key], Ring(24), 2 * CHUNK_BYTES + 96, 0, 3))
+    stream = b"".join(masking.sum_streams([key], Ring(24), 2 * CHUNK_BYTES + 96, 0, 3, bytes))
     assert stream[:48].hex() == case["bytes_0"]
     assert stream[CHUNK_BYTES - 48 : CHUNK_BYTES + 48].hex() == case["bytes_1048512"]
     assert stream[2 * CHUNK_BYTES :].hex() == case["bytes_2097120"]

@@ -12,10 +12,10 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import cpu_count
-from typing import Any
+from typing import TypeVar
 
+import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
@@ -24,12 +24,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from services.common.errors import Reason, ServiceError
 from services.common.ids import check_id
-from services.common.secagg.ring import CHUNK_BYTES, Ring, RingSum, chunk_lengths
+from services.common.secagg.ring import BLOCK_BYTES, CHUNK_BYTES, U8, Ring, RingSum, chunk_lengths
 from services.common.secagg.signing import label
 
 COUNTERS_PER_CHUNK = CHUNK_BYTES // 16
-WORKERS = min(cpu_count(), 8)  # each holds about 3 MiB
-_ZEROS = bytes(CHUNK_BYTES)
+WORKERS = min(cpu_count(), 8)  # each holds about 3 MiB, and the cipher states of all keys
+_ZEROS = bytes(BLOCK_BYTES)
+T = TypeVar("T")
+Fill = Callable[[int, memoryview], None]
+"""Writes the part of a packed vector that starts at this byte into this buffer, the whole of it."""
 
 
 def hospital_bytes(hospital: str) -> bytes:
@@ -49,26 +52,37 @@ def commitment(manifest: bytes, hospital: str, piece: int, seed: bytes) -> bytes
     return hashlib.sha256(label("com") + manifest + hospital_bytes(hospital) + piece.to_bytes(2, "big") + seed).digest()
 
 
-def mask_vector(x: Any, ring: Ring, keys: Sequence[bytes], *, workers: int = WORKERS) -> Iterator[bytes]:
-    """The chunks of y = x + the streams of `keys`, in order. `x` is the packed vector, a contiguous buffer."""
-    packed = memoryview(x).cast("B")
-    lengths = chunk_lengths(packed.nbytes)
+def mask_vector(
+    fill: Fill,
+    total_bytes: int,
+    ring: Ring,
+    keys: Sequence[bytes],
+    take: Callable[[memoryview], T],
+    *,
+    first_chunk: int = 0,
+    workers: int = WORKERS,
+) -> Iterator[T]:
+    """`take` of each chunk of y = x + the streams of `keys`, from chunk `first_chunk` on, in order.
 
-    buffers = _Buffers(ring)
-
-    def one(chunk: int) -> bytes:
-        start = chunk * CHUNK_BYTES
-        with buffers.borrow(lengths[chunk]) as (total, stream):
-            total.add(packed[start : start + lengths[chunk]])
-            return _add_streams(total, keys, chunk, stream)
-
-    return _in_order(one, range(len(lengths)), workers)
+    `fill` reads x, which has `total_bytes`, chunk by chunk in any order. Both are called by the worker, with memory
+    that is used again when they return: `bytes` takes a chunk as it is.
+    """
+    lengths = chunk_lengths(total_bytes)
+    return _chunks(fill, ring, keys, take, lengths, range(first_chunk, len(lengths)), workers)
 
 
 def sum_streams(
-    keys: Sequence[bytes], ring: Ring, total_bytes: int, first_chunk: int, chunks: int, *, workers: int = WORKERS
-) -> Iterator[bytes]:
-    """The ring sum of the streams of `keys` (one piece, one key a hospital), chunks first_chunk … in order.
+    keys: Sequence[bytes],
+    ring: Ring,
+    total_bytes: int,
+    first_chunk: int,
+    chunks: int,
+    take: Callable[[memoryview], T],
+    *,
+    workers: int = WORKERS,
+) -> Iterator[T]:
+    """`take` of each chunk, first_chunk … in order, of the ring sum of the streams of `keys` (one piece, one key a
+    hospital); `take` as in `mask_vector`.
 
     Raises MALFORMED for a range outside a vector of `total_bytes`.
     """
@@ -77,50 +91,73 @@ def sum_streams(
         raise ServiceError(
             Reason.MALFORMED, f"chunks {first_chunk}..{first_chunk + chunks - 1} of a vector that has {len(lengths)}"
         )
-
-    buffers = _Buffers(ring)
-
-    def one(chunk: int) -> bytes:
-        with buffers.borrow(lengths[chunk]) as (total, stream):
-            return _add_streams(total, keys, chunk, stream)
-
-    return _in_order(one, range(first_chunk, first_chunk + chunks), workers)
+    return _chunks(None, ring, keys, take, lengths, range(first_chunk, first_chunk + chunks), workers)
 
 
-class _Buffers:
-    """The sums and stream buffers of finished chunks, used again: fresh ones cost page faults on every chunk."""
+class _Adder:
+    """What one worker uses again for every chunk: a cipher state for each key, a block of stream, sum and chunk.
 
-    def __init__(self, ring: Ring) -> None:
-        self._ring = ring
-        self._spare: list[tuple[RingSum, memoryview]] = []  # append and pop are atomic between threads
+    Making a cipher costs as much as a quarter of a block of its stream, fresh megabytes cost page faults.
+    """
 
-    @contextmanager
-    def borrow(self, size: int) -> Iterator[tuple[RingSum, memoryview]]:
-        """A sum at zero and a stream buffer, both of `size` bytes."""
-        total, stream = self._spare.pop() if self._spare else (RingSum(self._ring, size), memoryview(bytearray(size)))
-        if total.size != size:  # only the last chunk is shorter
-            total, stream = RingSum(self._ring, size), stream[:size]
-        total.clear()
-        yield total, stream
-        self._spare.append((total, stream))
+    def __init__(self, ring: Ring, keys: Sequence[bytes]) -> None:
+        self._ciphers = [Cipher(AES256(key), CTR(bytes(16))).encryptor() for key in keys]
+        self._stream = memoryview(bytearray(BLOCK_BYTES))
+        self._sum = RingSum(ring, BLOCK_BYTES)
+        self._chunk = np.empty(CHUNK_BYTES, np.uint8)
+
+    def add(self, chunk: int, length: int, fill: Fill | None) -> memoryview:
+        """Chunk number `chunk` of the filled vector (zeros without one) plus all streams; valid until the next call."""
+        out = self._chunk[:length]
+        if fill is not None:
+            fill(chunk * CHUNK_BYTES, out.data)
+        counter = (chunk * COUNTERS_PER_CHUNK).to_bytes(16, "big")
+        for cipher in self._ciphers:
+            cipher.reset_nonce(counter)
+        for start in range(0, length, BLOCK_BYTES):
+            self._add_block(out[start : start + BLOCK_BYTES], fill is not None)
+        return out.data
+
+    def _add_block(self, out: U8, filled: bool) -> None:
+        total, zeros, stream = self._sum, _ZEROS, self._stream
+        if len(out) != total.size:  # only the end of the last chunk is shorter
+            total, zeros, stream = RingSum(total.ring, len(out)), _ZEROS[: len(out)], stream[: len(out)]
+        if filled:
+            total.add(out)
+        add = total.adding(stream)
+        for cipher in self._ciphers:
+            cipher.update_into(zeros, stream)
+            add()
+        total.take(out)
 
 
-def _add_streams(total: RingSum, keys: Sequence[bytes], chunk: int, stream: memoryview) -> bytes:
-    counter = (chunk * COUNTERS_PER_CHUNK).to_bytes(16, "big")
-    zeros = memoryview(_ZEROS)[: total.size]
-    for key in keys:
-        Cipher(AES256(key), CTR(counter)).encryptor().update_into(zeros, stream)
-        total.add(stream)
-    return total.result()
+def _chunks(
+    fill: Fill | None,
+    ring: Ring,
+    keys: Sequence[bytes],
+    take: Callable[[memoryview], T],
+    lengths: Sequence[int],
+    numbers: range,
+    workers: int,
+) -> Iterator[T]:
+    spare: list[_Adder] = []  # append and pop are atomic between threads
+
+    def one(chunk: int) -> T:
+        adder = spare.pop() if spare else _Adder(ring, keys)
+        taken = take(adder.add(chunk, lengths[chunk], fill))
+        spare.append(adder)
+        return taken
+
+    return in_order(one, numbers, workers)
 
 
-def _in_order(work: Callable[[int], bytes], chunks: range, workers: int) -> Iterator[bytes]:
-    """`work` of each chunk, in order, at most 2 * workers of them under way or waiting to be taken."""
+def in_order(work: Callable[[int], T], chunks: range, workers: int = WORKERS) -> Iterator[T]:
+    """`work` of each chunk on `workers` threads, in order; at most 2 * workers under way or waiting to be taken."""
     if workers == 1 or len(chunks) == 1:
         yield from map(work, chunks)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[bytes]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(work, chunk))

@@ -3,11 +3,12 @@
 Lane i of b bits is bytes [i*b/8, (i+1)*b/8). A chunk is whole AES blocks and whole lanes of every ring.
 
 How it is fast: numpy's wrap-around IS the modulus at 16 and 32 bits, so packed bytes are added as they
-lie. At 24 bits the packed bytes are read as overlapping unaligned 32-bit words, three bytes apart; the
-byte too many sits above bit 24 and falls away when the sum is packed again, so nothing is unpacked.
+lie. At 24 bits there is no such type: every BYTE is summed by itself in 16 bits, one pass without strides,
+and carries move up inside the lanes only when the sum is packed again, or after 127 addends.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ import numpy.typing as npt
 from services.common.errors import Reason, ServiceError
 
 CHUNK_BYTES = 1_048_560  # 48 * 21845; 1 MiB is not a multiple of 3
+BLOCK_BYTES = CHUNK_BYTES // 5  # whole AES blocks and lanes again; a few such buffers stay in a core's own cache
 RING_BITS = (16, 24, 32)
 
 if sys.byteorder != "little":  # pragma: no cover - wrong sums would be worse than no start
     raise ImportError("the ring views packed little-endian lanes in place: this machine is big-endian")
 
+_ADDENDS = 127  # 127 * 255 < 2^15 in either direction
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
@@ -73,11 +76,14 @@ class Ring:
     def unpack(self, packed: Any) -> U32:
         """Packed lanes (a contiguous buffer) as uint32 in 0..2^bits-1. Raises MALFORMED for a broken lane."""
         raw = _bytes_of(packed)
-        self._check(raw)
+        self._check(len(raw))
         if self.bits == 24:
-            values = np.zeros(len(raw) // 3, np.uint32)
-            _apply_24(np.add, values, raw)
-            values &= np.uint32(0xFFFFFF)
+            values = np.empty(len(raw) // 3, np.uint32)
+            if len(values):
+                # Overlapping 32-bit words, three bytes apart; the last lane's would end past the buffer.
+                np.copyto(values[:-1], np.ndarray((len(values) - 1,), np.uint32, raw, 0, (3,)))
+                values[-1] = int.from_bytes(raw[-3:].tobytes(), "little")
+                values &= np.uint32(0xFFFFFF)
             return values
         return raw.view(f"<u{self.lane_bytes}").astype(np.uint32)
 
@@ -86,67 +92,103 @@ class Ring:
         shift = np.uint32(32 - self.bits)
         return (values << shift).view(np.int32).astype(np.int64) >> np.int64(shift)
 
-    def _check(self, raw: U8) -> None:
-        if len(raw) % self.lane_bytes:
-            raise ServiceError(Reason.MALFORMED, f"{len(raw)} bytes are not whole lanes of {self.lane_bytes} bytes")
+    def _check(self, size: int) -> None:
+        if size % self.lane_bytes:
+            raise ServiceError(Reason.MALFORMED, f"{size} bytes are not whole lanes of {self.lane_bytes} bytes")
 
 
 class RingSum:
-    """A sum over ONE chunk of `size` bytes (whole lanes), starting at zero."""
+    """A sum over ONE run of `size` packed bytes (whole lanes), starting at zero. Its memory is used again and again."""
 
     def __init__(self, ring: Ring, size: int) -> None:
         self.ring = ring
         self.size = size
-        ring._check(np.empty(size, np.uint8))
-        # At 24 bits lanes are kept as 32-bit words whose top byte is never looked at.
-        kind = {16: np.uint16, 24: np.uint32, 32: np.uint32}[ring.bits]
-        self._lanes: npt.NDArray[Any] = np.zeros(size // ring.lane_bytes, kind)
-        self._packed = np.empty(size if ring.bits == 24 else 0, np.uint8)
-
-    def clear(self) -> None:
-        """Start again at zero in the same memory: fresh megabytes for every chunk would cost page faults."""
-        self._lanes.fill(0)
+        ring._check(size)
+        kind = {16: np.uint16, 24: np.int16, 32: np.uint32}[ring.bits]
+        self._sums: npt.NDArray[Any] = np.empty(size if ring.bits == 24 else size // ring.lane_bytes, kind)
+        self._carries = _Carries(self._sums) if ring.bits == 24 else None
+        self._addends = 0  # none: what `_sums` holds means nothing
 
     def add(self, packed: Any) -> None:
         """Add packed lanes (a contiguous buffer of exactly `size` bytes). Raises MALFORMED for another length."""
-        raw = self._sized(packed)
-        if self.ring.bits == 24:
-            _apply_24(np.add, self._lanes, raw)
-        else:
-            np.add(self._lanes, raw.view(self._lanes.dtype), out=self._lanes)
+        self.adding(packed)()
 
     def subtract(self, packed: Any) -> None:
         """Subtract packed lanes (a contiguous buffer of exactly `size` bytes). Raises MALFORMED for another length."""
-        raw = self._sized(packed)
-        if self.ring.bits == 24:
-            _apply_24(np.subtract, self._lanes, raw)
-        else:
-            np.subtract(self._lanes, raw.view(self._lanes.dtype), out=self._lanes)
+        raw = self._lanes(packed)
+        self._start()
+        self._apply(np.subtract, raw)
+
+    def adding(self, packed: Any) -> Callable[[], None]:
+        """`add` for a buffer that is written anew for every addend: checked once, called as often as it is filled."""
+        raw, sums = self._lanes(packed), self._sums
+
+        def add() -> None:
+            if self._addends:
+                self._apply(np.add, raw)
+            else:
+                np.copyto(sums, raw)
+                self._addends = 1
+
+        return add
 
     def result(self) -> bytes:
-        """The sum so far as packed lanes, `size` bytes."""
-        if self.ring.bits == 24:
-            self.ring.pack_into(self._lanes, self._packed)
-            return self._packed.tobytes()
-        return self._lanes.tobytes()
+        """The sum so far as packed lanes, `size` bytes; more may be added."""
+        out = np.empty(self.size, np.uint8)
+        self.take(out)
+        self.add(out)
+        return out.tobytes()
 
-    def _sized(self, packed: Any) -> U8:
+    def take(self, out: U8) -> None:
+        """Write the sum, packed, into `out` (`size` bytes), and start again at zero."""
+        self._start()
+        if self._carries is None:
+            np.copyto(out, self._sums.view(np.uint8))
+        else:
+            self._carries.move()
+            np.copyto(out, self._sums, casting="unsafe")
+        self._addends = 0
+
+    def _start(self) -> None:
+        if not self._addends:
+            self._sums.fill(0)
+            self._addends = 1
+
+    def _apply(self, operation: np.ufunc, raw: npt.NDArray[Any]) -> None:
+        if self._carries is not None and self._addends == _ADDENDS:
+            self._carries.move()
+            self._sums &= np.int16(0xFF)
+            self._addends = 1
+        operation(self._sums, raw, self._sums)
+        self._addends += 1
+
+    def _lanes(self, packed: Any) -> npt.NDArray[Any]:
         raw = _bytes_of(packed)
         if len(raw) != self.size:
             raise ServiceError(Reason.MALFORMED, f"{len(raw)} bytes given to a sum over {self.size} bytes")
-        return raw
+        return raw if self._carries is not None else raw.view(self._sums.dtype)
+
+
+class _Carries:
+    """Moves what exceeds a byte of `sums` (int16, one for each byte of packed 24-bit lanes) to the byte above it."""
+
+    def __init__(self, sums: npt.NDArray[np.int16]) -> None:
+        self._sums = sums
+        self._carry = np.empty_like(sums)
+        # All ones where a carry stays in its lane: out of every lowest byte, and two along, out of every middle one.
+        mask = np.zeros(len(sums) + 2, np.int16)
+        mask[::3] = -1
+        self._stays = mask[:-2], mask[2:]
+
+    def move(self) -> None:
+        """The low byte of every sum is the lane's byte now; what leaves a lane at its top is gone (mod 2^24)."""
+        if not len(self._sums):
+            return
+        for mask in self._stays:
+            np.right_shift(self._sums, np.int16(8), self._carry)
+            np.bitwise_and(self._carry, mask, self._carry)
+            np.add(self._sums[1:], self._carry[:-1], self._sums[1:])
 
 
 def _bytes_of(packed: Any) -> U8:
     return np.frombuffer(packed, np.uint8) if memoryview(packed).nbytes else np.empty(0, np.uint8)
-
-
-def _apply_24(operation: np.ufunc, lanes: U32, raw: U8) -> None:
-    """lanes = operation(lanes, packed 24-bit lanes). The last goes alone: its 32-bit word would end past the buffer."""
-    last = len(lanes) - 1
-    if last < 0:
-        return
-    words = np.ndarray((last,), np.uint32, raw, 0, (3,)) if last else np.empty(0, np.uint32)
-    operation(lanes[:last], words, out=lanes[:last])
-    tail = np.frombuffer(raw[-3:].tobytes() + b"\0", np.uint32)
-    operation(lanes[last:], tail, out=lanes[last:])
