@@ -10,7 +10,7 @@ PROTOS := $(wildcard protos/wardround/*/v1/*.proto)
 export PYTHONPATH := $(CURDIR)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-all lint proto bench clean
+.PHONY: help setup demo test test-all lint proto bench images charts clean
 
 help: ## what can be made (this list)
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -58,6 +58,12 @@ bench: bench-secagg bench-round ## all measured figures
 
 bench-%: setup ## one of them: bench-secagg, bench-round
 	$(BIN)/python bench/$(subst -,_,$*).py
+
+images: ## container images with docker, podman or buildah (ARGS="--flavour cuda hospital-node"; TORCH_INDEX_URL=…, BASE_IMAGE=…)
+	@$(PYTHON) deploy/images/build.py $(ARGS)
+
+charts: setup ## make what of the Helm charts is generated: schemas, tables, shared templates
+	@$(BIN)/python deploy/helm/generate.py
 
 clean: ## remove what was built, not .venv
 	rm -rf build dist wardround/.proto wardround/*/v1
