@@ -78,7 +78,7 @@ terminationMessagePolicy: FallbackToLogsOnError
 charters: [/etc/wardround/documents/charter.yaml, /etc/wardround/documents/charter-next.yaml]
 pins: /etc/wardround/documents/pin.yaml
 identity_key: /etc/wardround/keys/identity.pem
-tls: {certificate: /etc/wardround/keys/tls.pem, key: /etc/wardround/keys/tls-key.pem}
+tls: {certificate: /etc/wardround/keys/tls.crt, key: /etc/wardround/keys/tls.key}
 state: /var/lib/wardround/state
 http: 0.0.0.0:9464
 {{- end }}
@@ -99,25 +99,21 @@ http: 0.0.0.0:9464
   configMap: {name: {{ .Release.Name }}-documents}
 - name: keys
   projected:
-    defaultMode: 0440
+    defaultMode: 288  # 0440
     sources:
       - secret:
-          name: {{ .Values.secretName | default (printf "%s-keys" .Release.Name) }}
-          items:
-            - {key: identity.pem, path: identity.pem}
-            {{- if not .Values.tls.certManager.enabled }}
-            - {key: tls.pem, path: tls.pem}
-            - {key: tls-key.pem, path: tls-key.pem}
-            {{- end }}
-      {{- if .Values.tls.certManager.enabled }}
+          name: {{ include "wardround.secretName" . }}
+          items: [{key: identity.pem, path: identity.pem}]
       - secret:
-          name: {{ .Release.Name }}-tls
-          items:
-            - {key: tls.crt, path: tls.pem}
-            - {key: tls.key, path: tls-key.pem}
-      {{- end }}
+          name: {{ .Values.tls.certManager.enabled | ternary (printf "%s-tls" .Release.Name) (include "wardround.secretName" .) }}
+          items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
 - name: scratch
   emptyDir: {}
+{{- end }}
+
+{{- /* The name that `wardround site init` gives its manifest. */ -}}
+{{- define "wardround.secretName" -}}
+{{ .Values.secretName | default (printf "wardround-%s" .Values.config.id) }}
 {{- end }}
 
 {{- /* One word of the charter: (dict "root" . "key" "consortium") */ -}}
@@ -147,7 +143,7 @@ http: 0.0.0.0:9464
 {{- end }}
 {{- end }}
 {{- include "wardround.listed" . }}
-{{- include "wardround.present" (dict "root" . "kind" "Secret" "name" (.Values.secretName | default (printf "%s-keys" .Release.Name)) "step" "run `wardround site init` and kubectl apply -f secret.yaml first, or set secretName") }}
+{{- include "wardround.present" (dict "root" . "kind" "Secret" "name" (include "wardround.secretName" .) "step" "run `wardround site init` and kubectl apply -f secret.yaml first, or set secretName") }}
 {{- include "wardround.secretKeys" . }}
 {{- if and .Values.networkPolicy.enabled .Values.metrics.monitor.enabled (not .Values.metrics.from) }}
 {{- fail "metrics.monitor.enabled needs metrics.from: say which pods may scrape, or the network policy stops Prometheus" }}
@@ -183,9 +179,9 @@ http: 0.0.0.0:9464
 
 {{- define "wardround.secretKeys" -}}
 {{- if include "wardround.live" . }}
-{{- $name := .Values.secretName | default (printf "%s-keys" .Release.Name) }}
+{{- $name := include "wardround.secretName" . }}
 {{- $held := (lookup "v1" "Secret" .Release.Namespace $name).data | default dict }}
-{{- range (.Values.tls.certManager.enabled | ternary (list "identity.pem") (list "identity.pem" "tls.pem" "tls-key.pem")) }}
+{{- range (.Values.tls.certManager.enabled | ternary (list "identity.pem") (list "identity.pem" "tls.crt" "tls.key")) }}
 {{- if not (hasKey $held .) }}
 {{- fail (printf "Secret %s has no key %s: make it anew with `wardround site init`, and kubectl apply -f secret.yaml" $name .) }}
 {{- end }}
