@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, data, demo, ledger, model, policy, site, study, verify
+from services.cli import charter, data, demo, gather, ledger, model, policy, site, study, verify
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
+app.add_typer(gather.app, name="evidence")
 app.command("demo")(demo.demo)
 app.command("verify")(verify.verify)
 

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from services.cli import demo_study, federation, passport, synthetic
 from services.cli.drafts import unwritten_model, write_initial
-from services.cli.evidence import administration, collect, status
-from services.cli.federation import Federation, Site
+from services.cli.evidence import administration, collect, place, status
+from services.cli.federation import Federation
 from services.cli.live import SiteView, Snapshot, View
 from services.cli.processes import Service, stop_all, wait_for_file
 from services.cli.run import load_run, write_sums
@@ -189,18 +189,11 @@ def start(laid: Federation) -> Running:
 def gather(running: Running) -> None:
     """Collect every site's evidence under RUN/evidence, and list its digests."""
     laid = running.federation
-    evidence = laid.root / "evidence"
     for site in laid.sites:
         if running.services[site.id].running:
             with administration(laid, site, running.address) as stub:
-                collect(stub, _place(evidence, site))
-    write_sums(evidence)
-
-
-def _place(evidence: Path, site: Site) -> Path:
-    if site.role == Role.AGGREGATOR:
-        return evidence / "aggregator"
-    return evidence / ("pods" if site.role == Role.POD else "hospitals") / site.id
+                collect(stub, place(laid.root, site.role, site.id))
+    write_sums(laid.root / "evidence")
 
 
 def _watch(running: Running, view: View, rounds: int, kill_one: bool, until: float) -> None:

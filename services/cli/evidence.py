@@ -1,6 +1,6 @@
 """Fetch a role's evidence and status over its administration service."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -41,29 +41,43 @@ def status(stub: admin_pb2_grpc.AdministrationServiceStub) -> admin_pb2.Status |
 
 def collect(stub: admin_pb2_grpc.AdministrationServiceStub, folder: Path) -> int:
     """Write all evidence of one site under `folder`; how many files. Raises UNREACHABLE, MALFORMED for a bad path."""
+    try:
+        return write_parts(stub.ExportEvidence(admin_pb2.ExportEvidenceRequest(), timeout=600), folder)
+    except grpc.RpcError as error:
+        raise ServiceError(Reason.UNREACHABLE, f"the evidence for {folder.name} did not come: {error}") from error
+
+
+def write_parts(parts: Iterable[admin_pb2.ExportEvidenceResponse], folder: Path) -> int:
+    """Write a stream of evidence under `folder`; how many files. Raises MALFORMED for a bad path."""
     files = 0
     out = None
     try:
-        for part in stub.ExportEvidence(admin_pb2.ExportEvidenceRequest(), timeout=600):
+        for part in parts:
             if part.path:
                 if out is not None:
                     out.close()
-                out = _target(folder, part.path).open("wb")
+                out = target(folder, part.path).open("wb")
                 files += 1
             if out is None:
                 raise ServiceError(
                     Reason.MALFORMED, "the evidence begins without a file name: is this a Wardround service?"
                 )
             out.write(part.chunk)
-    except grpc.RpcError as error:
-        raise ServiceError(Reason.UNREACHABLE, f"the evidence for {folder.name} did not come: {error}") from error
     finally:
         if out is not None:
             out.close()
     return files
 
 
-def _target(folder: Path, name: str) -> Path:
+def place(run: Path, role: Role, id: str) -> Path:
+    """The folder of one site's evidence in a run."""
+    if role is Role.AGGREGATOR:
+        return run / "evidence" / "aggregator"
+    return run / "evidence" / ("pods" if role is Role.POD else "hospitals") / id
+
+
+def target(folder: Path, name: str) -> Path:
+    """Where a file of this name may be written: below `folder`, whose parents are made. Raises MALFORMED."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         raise ServiceError(

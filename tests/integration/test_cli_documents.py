@@ -385,7 +385,8 @@ def test_debug_shows_where_an_error_came_from() -> None:
 @pytest.mark.parametrize(
     "command",
     ["site init", "site renew", "site check", "charter draft", "charter sign", "charter verify", "study check",
-     "study draft", "policy check", "policy draft", "site operator", "model push"],
+     "study draft", "policy check", "policy draft", "site operator", "model push", "evidence pull",
+     "evidence add"],
 )  # fmt: skip
 def test_help_teaches_with_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "160"})
