@@ -11,7 +11,8 @@ from pathlib import Path
 from training import judge, open_sites
 
 from services.cli.run import load_run
-from services.hospital_node.models import build, layout, read_model_file
+from services.hospital_node.architectures import build
+from services.hospital_node.models import layout, read_model_file
 from services.hospital_node.training import Compute
 
 

@@ -16,9 +16,10 @@ import torch
 from training import judge, open_sites
 
 from services.common.documents.study import load_study
+from services.hospital_node.architectures import build
 from services.hospital_node.gradients import adjusted_scores
 from services.hospital_node.inputs import TURNS, open_inputs
-from services.hospital_node.models import build, initial_vector, load_vector, trainable_vector
+from services.hospital_node.models import initial_vector, load_vector, trainable_vector
 from services.hospital_node.training import Compute, open_device
 
 

@@ -4,6 +4,7 @@ import datetime
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.costs import spare_rounds
@@ -117,16 +118,22 @@ def draft_policy(
 
 def write_initial(wanted: ModelSection, path: Path, seed: int) -> ModelSection:
     """Write v0 of `wanted` to `path`; the section with its parameters and digest. Needs torch at this site."""
+    architectures, models = torch_side()
+    shapes = models.layout(architectures.build(wanted))
+    digest = models.write_model_file(path, shapes, models.initial_vector(wanted, seed))
+    return wanted.model_copy(update={"parameters": models.size(shapes), "initial": digest.hex()})
+
+
+def torch_side() -> tuple[Any, Any]:
+    """The hospital's `architectures` and `models`. Raises NOT_FOUND where torch is not installed."""
     try:
-        from services.hospital_node import models
+        from services.hospital_node import architectures, models
     except ImportError as error:
         raise ServiceError(
             Reason.NOT_FOUND,
-            f"the initial model needs {error.name}, which is not installed here: pip install 'wardround[hospital,cli]'",
+            f"a model needs {error.name}, which is not installed here: pip install 'wardround[hospital,cli]'",
         ) from None
-    shapes = models.layout(models.build(wanted))
-    digest = models.write_model_file(path, shapes, models.initial_vector(wanted, seed))
-    return wanted.model_copy(update={"parameters": models.size(shapes), "initial": digest.hex()})
+    return architectures, models
 
 
 def unwritten_model(

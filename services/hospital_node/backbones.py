@@ -121,7 +121,7 @@ def load_backbone(section: BackboneSection, folder: Path | None) -> nn.Module:
     kind = BACKBONES[section.name]
     with torch.random.fork_rng(devices=[]):
         network = kind.make()
-    stored = {name: t for name, t in _read_tensors(path).items() if not name.startswith(kind.classifier_prefix)}
+    stored = {name: t for name, t in read_tensors(path).items() if not name.startswith(kind.classifier_prefix)}
     try:
         network.load_state_dict(stored, strict=True)
     except RuntimeError as error:
@@ -146,7 +146,7 @@ def find_weights(sha256: str, folder: Path | None) -> Path:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors only: a pickle that holds anything else is refused by torch's own loader."""
     try:
         if path.suffix == ".safetensors":

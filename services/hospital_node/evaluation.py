@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 
 from services.common.documents.study import Study
+from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset, Split
 from services.hospital_node.inputs import open_inputs
-from services.hospital_node.models import build, load_vector
+from services.hospital_node.models import load_vector
 from services.hospital_node.training import Compute, open_device
 
 _DEFAULT = Compute()

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.documents.study import LoadedStudy
+from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset, Split, load_dataset
 from services.hospital_node.evaluation import evaluate
-from services.hospital_node.models import build, layout, read_model_file
+from services.hospital_node.models import layout, read_model_file
 from services.hospital_node.release import Counts
 from services.hospital_node.training import Compute, Task, discard_progress, prepare, show_gpu, train_round
 

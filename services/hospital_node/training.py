@@ -22,10 +22,11 @@ from services.common.documents.study import Study
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import replace_file, sync_folder
 from services.hospital_node import metrics
+from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset
 from services.hospital_node.gradients import gradients
 from services.hospital_node.inputs import open_inputs
-from services.hospital_node.models import build, load_vector
+from services.hospital_node.models import load_vector
 
 _CHECKPOINTS = 10  # in a round; a crash loses at most a tenth of it
 _CHECKPOINT = "training.safetensors"

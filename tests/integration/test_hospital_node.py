@@ -12,7 +12,8 @@ import pytest
 from services.cli.synthetic import write_sites
 from services.common.errors import Reason
 from services.hospital_node import metrics
-from services.hospital_node.models import build, layout, size, write_model_file
+from services.hospital_node.architectures import build
+from services.hospital_node.models import layout, size, write_model_file
 from services.hospital_node.node import Node
 from services.hospital_node.trainer import SiteTrainer
 from services.hospital_node.training import Compute

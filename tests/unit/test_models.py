@@ -19,10 +19,11 @@ from torch import nn
 from services.common.documents.study import BackboneSection, ModelSection
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import backbones
+from services.hospital_node.architectures import REGISTRY, build, import_torchvision, stored_name
 from services.hospital_node.backbones import EfficientNetLite0, load_backbone
 from services.hospital_node.clipping import clipped_sum
 from services.hospital_node.models import (
-    build,
+    converted_vector,
     initial_vector,
     layout,
     load_vector,
@@ -76,6 +77,96 @@ def test_resnet_survives_gradient_hooks() -> None:
     total = clipped_sum(module, images, torch.tensor([0, 1]), 0.5, 2)
     assert total.shape == (size(layout(module)),)
     assert 0 < np.linalg.norm(total) <= 1.0
+
+
+def named(quick: set[str]) -> list[Any]:
+    """Every architecture with weights of its own; the large ones take their time."""
+    names = sorted(set(REGISTRY) - {"linear-head"})
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", named({"small-cnn", "resnet18-gn", "mobilenet-v3-small-gn"}))
+def test_every_architecture_takes_a_private_step_and_comes_back_by_digest(name: str, tmp_path: Path) -> None:
+    """One clipped sum of two patients, one step, one file; nothing looks across patients, nothing is drawn."""
+    model = section(name, 32)
+    module = build(model).train()
+    start = initial_vector(model, 1)
+    load_vector(module, start)
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    images = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        together, alone = module(images.flatten(0, 1)), module(images[0])
+    torch.testing.assert_close(together[:1], alone, rtol=1e-3, atol=1e-5)
+    total = clipped_sum(module, images, torch.tensor([0, 1]), 0.5, 2)
+    assert 0 < np.linalg.norm(total) <= 1.0
+    stepped = (start - 0.1 * total).astype(np.float32)
+    shapes = layout(module)
+    digest = write_model_file(tmp_path / "v1.safetensors", shapes, stepped)
+    assert digest == hashlib.sha256((tmp_path / "v1.safetensors").read_bytes()).digest()
+    load_vector(module, read_model_file(tmp_path / "v1.safetensors", shapes))
+    assert np.array_equal(trainable_vector(module), stepped)
+
+
+@pytest.mark.parametrize("name", named({"mobilenet-v3-small-gn"}))
+def test_every_layer_learns_within_a_few_steps(name: str) -> None:
+    """A first vector that leaves a layer without a gradient for ever would be a dead model."""
+    model = section(name, 32)
+    module = build(model).train()
+    load_vector(module, initial_vector(model, 2))
+    images, labels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 1, 2] * 2)
+    optimiser = torch.optim.SGD(module.parameters(), 0.1)
+    moved = {own: False for own, _ in layout(module)}
+    for _ in range(3):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(module(images), labels).backward()
+        for own, parameter in module.named_parameters():
+            moved[own] |= bool(parameter.grad is not None and parameter.grad.abs().max() > 0)
+        optimiser.step()
+    assert [own for own, alive in moved.items() if not alive] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [
+        ("mobilenet-v3-small-gn", "mobilenet_v3_small"),
+        pytest.param("resnet18-gn", "resnet18", marks=pytest.mark.slow),
+        pytest.param("convnext-tiny", "convnext_tiny", marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_weights_are_converted_tensor_by_tensor(name: str, maker: str, tmp_path: Path) -> None:
+    public = getattr(import_torchvision().models, maker)(weights=None, num_classes=10).state_dict()
+    torch.save(public, tmp_path / "public.pth")
+    model = section(name, 32)
+    vector, left = converted_vector(model, tmp_path / "public.pth", 1)
+    module = build(model)
+    load_vector(module, vector)
+    for own, parameter in module.named_parameters():
+        if own in left:
+            assert parameter.abs().max() == 0  # the classifier begins at nothing
+        else:
+            assert torch.equal(parameter.detach().flatten(), public[stored_name(own)].flatten()), own
+    assert len(left) == 2
+
+
+@pytest.mark.slow
+def test_convnext_converted_computes_what_torchvision_does(tmp_path: Path) -> None:
+    """It has no BatchNorm, so with the same classes the scores agree."""
+    public = import_torchvision().models.convnext_tiny(weights=None, num_classes=3).eval()
+    torch.save(public.state_dict(), tmp_path / "public.pth")
+    model = section("convnext-tiny", 32)
+    vector, left = converted_vector(model, tmp_path / "public.pth", 1)
+    assert left == []
+    module = build(model)
+    load_vector(module, vector)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(module(images), public(images), rtol=1e-4, atol=1e-5)
+
+
+def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
+    torch.save(import_torchvision().models.squeezenet1_1(weights=None).state_dict(), tmp_path / "public.pth")
+    with pytest.raises(ServiceError, match="give its own file"):
+        converted_vector(section("mobilenet-v3-small-gn", 64), tmp_path / "public.pth", 1)
 
 
 def test_linear_head_trains_the_head_alone() -> None:
@@ -156,7 +247,9 @@ def test_a_model_file_that_differs_is_refused(tmp_path: Path, damage: str) -> No
 
 def test_torchvision_comes_up_in_a_fresh_process() -> None:
     """privacy.md §9: on a CPU-only torch a bare `import torchvision` fails."""
-    code = "from services.hospital_node.models import import_torchvision as t; t(); t(); import torchvision.models"
+    code = (
+        "from services.hospital_node.architectures import import_torchvision as t; t(); t(); import torchvision.models"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], env=os.environ)
 
 

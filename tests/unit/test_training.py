@@ -17,9 +17,10 @@ import torch
 from services.common.dp.noise import sensitivity_rint
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import gradients
+from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset
 from services.hospital_node.inputs import PixelInputs
-from services.hospital_node.models import build, initial_vector, layout, load_vector, size
+from services.hospital_node.models import initial_vector, layout, load_vector, size
 from services.hospital_node.training import (
     Compute,
     Task,
