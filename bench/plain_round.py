@@ -24,7 +24,7 @@ from bench.round_hospital import update
 from services.common.documents.charter import load_charter
 from services.common.ids import Role
 from services.common.rpc.certificates import server_name
-from services.common.rpc.channel import Caller, dial
+from services.common.rpc.channel import Caller, dial, stub
 from services.common.rpc.feed import Feed
 from services.common.rpc.interceptor import peer
 from services.common.rpc.leaf import LeafFiles
@@ -153,7 +153,7 @@ def run_client(config: dict[str, Any], ended: threading.Event) -> None:
     )
     numbers = update(config["parameters"]).astype("<f4")
     watching = caller.stream(
-        lambda c: round_pb2_grpc.RoundCoordinationServiceStub(c).WatchRounds,
+        lambda c: stub(round_pb2_grpc.RoundCoordinationServiceStub, c).WatchRounds,
         round_pb2.WatchRoundsRequest(),
         seconds=_SECONDS,
     )
@@ -171,7 +171,7 @@ def _fetch(caller: Caller, digest: bytes) -> bytearray:
     """The model's bytes, checked."""
     model = bytearray()
     with caller.stream(
-        lambda c: model_pb2_grpc.ModelDistributionServiceStub(c).FetchModel,
+        lambda c: stub(model_pb2_grpc.ModelDistributionServiceStub, c).FetchModel,
         model_pb2.FetchModelRequest(digest=digest),
         seconds=_SECONDS,
     ) as answers:
@@ -191,7 +191,9 @@ def _send(caller: Caller, numbers: Any) -> None:
             chunk = submission_pb2.SubmissionChunk(index=index, data=bytes(data[start : start + CHUNK_BYTES]))
             yield submission_pb2.SubmitUpdateRequest(chunk=chunk)
 
-    caller.upload(lambda c: submission_pb2_grpc.UpdateSubmissionServiceStub(c).SubmitUpdate, parts(), seconds=_SECONDS)
+    caller.upload(
+        lambda c: stub(submission_pb2_grpc.UpdateSubmissionServiceStub, c).SubmitUpdate, parts(), seconds=_SECONDS
+    )
 
 
 def main() -> int:

@@ -43,34 +43,35 @@ def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Hel
     about = subject(state).hex()
     everyone = tuple(pod.id for pod in rules.roster.pods)
     found: dict[str, list[Order]] = {pod: [] for pod in everyone}
-    if state.close is not None:
-        close = WatchResponse(close=CloseOrder(close=to_wire(state.close)))
-        for pod in everyone:
-            found[pod].append(Order(("close", digest("close", state.close.blob).hex()), lambda: close))
 
     def ask(pods: tuple[str, ...], done: object, kind: str, make: Callable[[], WatchResponse]) -> None:
         for pod in pods:
             if pod not in done:  # type: ignore[operator]  # every caller passes a container of pod ids
                 found[pod].append(Order((kind, about), make))
 
+    def endorse() -> WatchResponse:
+        return WatchResponse(endorse=EndorseOrder(manifest=state.manifest))
+
     match state.phase:
         case Phase.PROPOSED:
             proposal = state.proposal
             assert proposal is not None  # noqa: S101  # PROPOSED is entered with one
-            message = ProposeOrder(proposal=to_wire(proposal), abandons=state.abandoned)
-            ask(everyone, state.commitments, "commit", lambda: WatchResponse(propose=message))
+            abandons = state.abandoned
+
+            def propose() -> WatchResponse:
+                return WatchResponse(propose=ProposeOrder(proposal=to_wire(proposal), abandons=abandons))
+
+            ask(everyone, state.commitments, "commit", propose)
         case Phase.ENDORSING:
-            endorse = EndorseOrder(manifest=state.manifest)
-            ask(state.pods, state.endorsements, "endorse", lambda: WatchResponse(endorse=endorse))
+            ask(state.pods, state.endorsements, "endorse", endorse)
         case Phase.COLLECTING:
             # Asked again of a pod that dials anew: its answer tells whether its keys are still there.
-            endorse = EndorseOrder(manifest=state.manifest)
-            ask(state.pods, (), "endorse", lambda: WatchResponse(endorse=endorse))
+            ask(state.pods, (), "endorse", endorse)
         case Phase.OFFERING:
             ask(state.pods, state.lists, "offer", lambda: WatchResponse(offer=OfferOrder(manifest=state.manifest)))
         case Phase.LOCKING:
-            lock = LockOrder(manifest=state.manifest, cohort=state.cohort)
-            ask(state.pods, state.locks, "lock", lambda: WatchResponse(lock=lock))
+            order = LockOrder(manifest=state.manifest, cohort=state.cohort)
+            ask(state.pods, state.locks, "lock", lambda: WatchResponse(lock=order))
         case Phase.RELEASING | Phase.VERIFIED:
             _release_orders(state, found, len(chunk_lengths(total_bytes)), held)
         case Phase.ABANDONING:
@@ -78,6 +79,11 @@ def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Hel
                 charter=state.charter, study=study, round=state.round, attempt=state.attempt, manifest=state.M
             )
             ask(everyone, state.abandons, "abandon", lambda: WatchResponse(abandon=abandon))
+    close = state.close
+    if close is not None:  # after what the open attempt asks: its pods wait for nothing that is over
+        name = ("close", digest("close", close.blob).hex())
+        for pod in everyone:
+            found[pod].append(Order(name, lambda: WatchResponse(close=CloseOrder(close=to_wire(close)))))
     return found
 
 

@@ -1,8 +1,8 @@
 """Administration on the Unix socket: status for people, evidence for `wardround verify`."""
 
-import copy
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 
@@ -28,7 +28,7 @@ class StatusBoard:
     def show(self, progress: Progress) -> None:
         """Take a copy and tell every watcher."""
         with self._lock:
-            self._progress = copy.deepcopy(progress)
+            self._progress = replace(progress, figures=dict(progress.figures))
             self._watchers = [watcher for watcher in self._watchers if not watcher.ended]
             watchers = list(self._watchers)
         for watcher in watchers:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from services.common.errors import Reason, ServiceError
-from services.common.rpc.channel import Caller, Stream
+from services.common.rpc.channel import Caller, Stream, stub
 from services.common.rpc.signed import from_wire, to_wire
 from services.common.secagg.messages import Signed
 from services.common.store.blobs import Partial
@@ -87,7 +87,7 @@ class AggregatorClient:
     def watch(self, charters: Sequence[bytes]) -> Stream[round_pb2.WatchRoundsResponse]:
         """The state now and at every change, each to be read with `round_state`; `charters` are the pinned digests."""
         return self._caller.stream(
-            lambda channel: round_pb2_grpc.RoundCoordinationServiceStub(channel).WatchRounds,
+            lambda channel: stub(round_pb2_grpc.RoundCoordinationServiceStub, channel).WatchRounds,
             round_pb2.WatchRoundsRequest(charters=charters),
             seconds=_WATCH_SECONDS,
         )
@@ -95,7 +95,7 @@ class AggregatorClient:
     def study(self, digest: bytes) -> bytes:
         """The bytes of a study; the caller checks their SHA-256."""
         return self._caller.unary(
-            lambda channel: round_pb2_grpc.RoundCoordinationServiceStub(channel).GetStudy,
+            lambda channel: stub(round_pb2_grpc.RoundCoordinationServiceStub, channel).GetStudy,
             round_pb2.GetStudyRequest(digest=digest),
             seconds=_SECONDS,
         ).study
@@ -107,7 +107,7 @@ class AggregatorClient:
         """
         request = model_pb2.FetchModelRequest(digest=digest, offset=partial.length)
         with self._caller.stream(
-            lambda channel: model_pb2_grpc.ModelDistributionServiceStub(channel).FetchModel,
+            lambda channel: stub(model_pb2_grpc.ModelDistributionServiceStub, channel).FetchModel,
             request,
             seconds=_TRANSFER_SECONDS,
         ) as answers:
@@ -129,7 +129,7 @@ class AggregatorClient:
     def manifest(self, study: bytes, round_number: int) -> ManifestAnswer:
         """The newest endorsed manifest of a round."""
         answer = self._caller.unary(
-            lambda channel: round_pb2_grpc.RoundCoordinationServiceStub(channel).GetManifest,
+            lambda channel: stub(round_pb2_grpc.RoundCoordinationServiceStub, channel).GetManifest,
             round_pb2.GetManifestRequest(study=study, round=round_number),
             seconds=_SECONDS,
         )
@@ -138,7 +138,7 @@ class AggregatorClient:
     def results(self, study: bytes, after_round: int) -> tuple[ResultAnswer, ...]:
         """The results after the one that the caller holds, oldest first; perhaps not all at once."""
         answer = self._caller.unary(
-            lambda channel: round_pb2_grpc.RoundCoordinationServiceStub(channel).ListResults,
+            lambda channel: stub(round_pb2_grpc.RoundCoordinationServiceStub, channel).ListResults,
             round_pb2.ListResultsRequest(study=study, after_round=after_round),
             seconds=_SECONDS,
         )
@@ -152,7 +152,7 @@ class AggregatorClient:
     def decline(self, study: bytes, round_number: int, reason: Reason) -> None:
         """Say that this hospital stays out; never for a reason that depends on patients' data (P-6)."""
         self._caller.unary(
-            lambda channel: round_pb2_grpc.RoundCoordinationServiceStub(channel).DeclineRound,
+            lambda channel: stub(round_pb2_grpc.RoundCoordinationServiceStub, channel).DeclineRound,
             round_pb2.DeclineRoundRequest(study=study, round=round_number, reason=reason.value),
             seconds=_SECONDS,
         )
@@ -160,7 +160,7 @@ class AggregatorClient:
     def upload_status(self, manifest: bytes, header_digest: bytes) -> tuple[int, Signed | None]:
         """(chunks that the aggregator holds of this very header's y, the receipt once it holds all)."""
         answer = self._caller.unary(
-            lambda channel: submission_pb2_grpc.UpdateSubmissionServiceStub(channel).UploadStatus,
+            lambda channel: stub(submission_pb2_grpc.UpdateSubmissionServiceStub, channel).UploadStatus,
             submission_pb2.UploadStatusRequest(manifest=manifest, header=header_digest),
             seconds=_SECONDS,
         )
@@ -182,7 +182,7 @@ class AggregatorClient:
                 yield submission_pb2.SubmitUpdateRequest(chunk=submission_pb2.SubmissionChunk(index=index, data=chunk))
 
         answer = self._caller.upload(
-            lambda channel: submission_pb2_grpc.UpdateSubmissionServiceStub(channel).SubmitUpdate,
+            lambda channel: stub(submission_pb2_grpc.UpdateSubmissionServiceStub, channel).SubmitUpdate,
             requests(),
             seconds=_TRANSFER_SECONDS,
         )

@@ -25,6 +25,7 @@ from services.common.documents.shape import RoundShape, check_study, core_for, r
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.certificate import CheckedManifest, check_manifest, check_receipt
+from services.common.secagg.messages import LedgerMark
 from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
@@ -73,6 +74,7 @@ class Participation:
         self._checkpoint = checkpoint
         self.progress = Progress()
         self._studies: dict[bytes, LoadedStudy] = {}
+        self._shown: tuple[bytes, bytes, LedgerMark] | None = None  # what `progress.figures` were computed from
 
     def advance(self, state: RoundState, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Do all that `state` allows: follow results, scrub what is over, prepare a vector, submit it.
@@ -202,14 +204,15 @@ class Participation:
             answer.abandons,
             roster=charter.roster,
             own=own,
-            sent=[s.sent() for s in self.store.submissions(study.digest)],
+            sent=self.store.sent(study.digest),
             now_ms=self._clock.now_ms(),
         )
         self._checkpoint("manifest-checked")
         pending = self.store.submission(checked.M)
-        if pending is None:
-            pending = self._pend(charter, study, vector, checked)
-        self._upload(pending, charter)
+        if pending is not None:
+            self._upload(pending, charter)
+        else:
+            self._upload(self._pend(charter, study, vector, checked), charter, fresh=True)
 
     def _pend(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, checked: CheckedManifest) -> Submission:
         """Mask, then debit and pending record in ONE transaction, before the first byte leaves (L-1)."""
@@ -258,10 +261,15 @@ class Participation:
             )
         return np.frombuffer(packed, np.uint8)
 
-    def _upload(self, pending: Submission, charter: LoadedCharter) -> None:
-        """Send a pending record, from the chunk that the aggregator lacks, byte for byte what was stored."""
+    def _upload(self, pending: Submission, charter: LoadedCharter, fresh: bool = False) -> None:
+        """Send a pending record, from the chunk that the aggregator lacks, byte for byte what was stored.
+
+        `fresh`: it was made just now, so the aggregator lacks all of it and need not be asked.
+        """
         self._say("submitting", "uploading the masked vector")
-        next_chunk, receipt = self._client.upload_status(pending.manifest, pending.header_digest)
+        next_chunk, receipt = (
+            (0, None) if fresh else self._client.upload_status(pending.manifest, pending.header_digest)
+        )
         if receipt is None:
             upload = Upload(pending.header, pending.boxes, pending.chunk_digests)
             receipt = self._client.submit(upload, next_chunk, self._chunks(pending.y, next_chunk))
@@ -292,7 +300,7 @@ class Participation:
 
     def _check_round(self, study: LoadedStudy, state: RoundState) -> None:
         """Refuse a replayed round before anything is trained for it; `check_attempt` holds the mark again later."""
-        highest = max((sent.round for sent in self.store.submissions(study.digest)), default=0)
+        highest = max((sent.round for sent in self.store.sent(study.digest)), default=0)
         if state.round <= self.store.chain(study.digest).round or state.round < highest:
             raise ServiceError(
                 Reason.CLOSED, f"round {state.round} is over at this hospital, which has taken part up to {highest}"
@@ -365,6 +373,10 @@ class Participation:
         }
 
     def _figures(self, study: LoadedStudy) -> None:
+        basis = (study.digest, self._consents.policy().digest, self.ledger.mark())
+        if basis == self._shown:
+            return
+        self._shown = basis
         self.progress.figures |= self.privacy(study.digest) | {"rounds_total": float(total_rounds(study))}
 
     def _say(self, phase: str, detail: str) -> None:

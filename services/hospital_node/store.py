@@ -85,10 +85,6 @@ class Submission:
     vector: bytes
     receipt: Signed | None = field(default=None, repr=False)
 
-    def sent(self) -> Sent:
-        """As the own mark sees it."""
-        return Sent(self.round, self.attempt, self.manifest, self.core)
-
 
 @dataclass(frozen=True)
 class Chain:
@@ -166,6 +162,11 @@ class Store:
     def submissions(self, study: bytes) -> tuple[Submission, ...]:
         """Every submission of a study that left or may have left, ascending by round and attempt."""
         return tuple(map(_submission, self.database.query(_OF_STUDY, (study,))))
+
+    def sent(self, study: bytes) -> tuple[Sent, ...]:
+        """The same as the own mark sees them."""
+        rows = self.database.query("SELECT round, attempt, manifest, core FROM submissions WHERE study = ?", (study,))
+        return tuple(Sent(*row) for row in rows)
 
     def last_receipt_ms(self) -> int:
         """The aggregator's time (Unix ms) in the newest receipt, 0 before the first."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from services.common.errors import Reason, ServiceError
-from services.common.rpc.channel import Caller, Stream
+from services.common.rpc.channel import Caller, Stream, stub
 from services.common.rpc.signed import from_wire, to_wire
 from services.common.secagg.messages import Signed
 from services.common.secagg.signing import digest
@@ -59,7 +59,9 @@ class Client:
         """One stream of orders; whether there was any."""
         served = False
         hello = wire.WatchRequest(boot=self._pod.state.boot, charters=list(self._pod.rosters), live=self._pod.live)
-        with self._caller.stream(lambda c: KeyShareServiceStub(c).Watch, hello, seconds=_STREAM_SECONDS) as orders:
+        with self._caller.stream(
+            lambda c: stub(KeyShareServiceStub, c).Watch, hello, seconds=_STREAM_SECONDS
+        ) as orders:
             self._orders = orders
             metrics.CONNECTED.set(1)
             try:
@@ -85,7 +87,7 @@ class Client:
         try:
             if name == "release":
                 parts = self._released(order.command, order.release)
-                self._caller.upload(lambda c: KeyShareServiceStub(c).Release, parts, seconds=_STREAM_SECONDS)
+                self._caller.upload(lambda c: stub(KeyShareServiceStub, c).Release, parts, seconds=_STREAM_SECONDS)
             else:
                 try:
                     fields = self._work(name, getattr(order, name))
@@ -93,7 +95,9 @@ class Client:
                 except Exception as error:
                     fields = {"refusal": _refusal(name, error)}
                 answer = getattr(wire, f"{rpc}Request")(command=order.command, **fields)
-                self._caller.unary(lambda c: getattr(KeyShareServiceStub(c), rpc), answer, seconds=_ANSWER_SECONDS)
+                self._caller.unary(
+                    lambda c: getattr(stub(KeyShareServiceStub, c), rpc), answer, seconds=_ANSWER_SECONDS
+                )
         except ServiceError as error:
             _log.warning("the answer to %s did not arrive: %s", name, error.detail)
 
@@ -151,7 +155,7 @@ class Client:
 
         def offered() -> Iterator[tuple[Signed, bytes]]:
             with self._caller.stream(
-                lambda c: KeyShareServiceStub(c).FetchOffer, request, seconds=_STREAM_SECONDS
+                lambda c: stub(KeyShareServiceStub, c).FetchOffer, request, seconds=_STREAM_SECONDS
             ) as items:
                 for item in items:
                     yield from_wire(item.header), item.box

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -20,6 +21,7 @@ from services.common.ids import Role, check_id
 
 _URI = re.compile(r"wardround://([^/]+)/([^/]+)/([^/]+)")
 _ROOT_DAYS = 3650
+_REMEMBERED = 1024  # leaves whose names and issuer were read: every call shows one, and neither ever changes
 _SKEW = timedelta(minutes=5)  # sites' clocks differ: a leaf is valid from a little before it was made
 
 
@@ -93,6 +95,13 @@ def issue_leaf(
     return _signed(builder, key, issuer_key)
 
 
+@lru_cache(maxsize=_REMEMBERED)
+def load_leaf(pem: bytes) -> tuple[x509.Certificate, Identity]:
+    """A leaf and whom it names. Raises ValueError for what is no PEM, NOT_PERMITTED as `identity_of`."""
+    leaf = x509.load_pem_x509_certificate(pem)
+    return leaf, identity_of(leaf)
+
+
 def identity_of(leaf: x509.Certificate) -> Identity:
     """Whom the leaf names: exactly one URI of our form; anything else raises NOT_PERMITTED."""
     try:
@@ -111,7 +120,7 @@ def identity_of(leaf: x509.Certificate) -> Identity:
 
 def check_leaf(leaf: x509.Certificate, roots: Sequence[bytes], now_ms: int) -> None:
     """Raise NOT_PERMITTED unless one of `roots` (PEM) itself issued `leaf` and it is valid at `now_ms`."""
-    if not any(_issued_by(leaf, x509.load_pem_x509_certificate(root)) for root in roots):
+    if not any(_issued_by(leaf, root) for root in roots):
         raise ServiceError(
             Reason.NOT_PERMITTED,
             "the certificate was not issued by this member's own root in the charter: issue it with `wardround site`",
@@ -125,9 +134,10 @@ def check_leaf(leaf: x509.Certificate, roots: Sequence[bytes], now_ms: int) -> N
         )
 
 
-def _issued_by(leaf: x509.Certificate, root: x509.Certificate) -> bool:
+@lru_cache(maxsize=_REMEMBERED)
+def _issued_by(leaf: x509.Certificate, root: bytes) -> bool:
     try:
-        leaf.verify_directly_issued_by(root)
+        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(root))
     except (ValueError, TypeError, InvalidSignature):
         return False
     return True

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from secrets import SystemRandom
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import grpc
 
@@ -20,6 +21,7 @@ from services.common.rpc.traffic import Counted
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+S = TypeVar("S")
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 10.0
 _OPTIONS: list[tuple[str, int | str]] = [
@@ -45,6 +47,18 @@ def dial(address: str, server_name: str, leaf: Leaf, root: bytes, proxy: str | N
     options.append(("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0))
     credentials = grpc.ssl_channel_credentials(root, leaf.key, leaf.certificate)
     return Counted(grpc.secure_channel(address, credentials, options))
+
+
+_stubs: WeakKeyDictionary[grpc.Channel, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def stub(cls: Callable[[grpc.Channel], S], channel: grpc.Channel) -> S:
+    """The generated stub `cls` of `channel`, made at its first use: making one registers every RPC of the service."""
+    found = _stubs.setdefault(channel, {})
+    if cls not in found:
+        found[cls] = cls(channel)
+    made: S = found[cls]
+    return made
 
 
 @dataclass
@@ -80,7 +94,7 @@ class Caller:
         *,
         seconds: float,
     ) -> Response:
-        """One request, one answer: `caller.unary(lambda c: KeyShareServiceStub(c).Commit, request, seconds=10)`.
+        """One request, one answer: `caller.unary(lambda c: stub(KeyShareServiceStub, c).Commit, request, seconds=10)`.
 
         Repeated with growing, random waits while the answer is UNAVAILABLE and time is left.
         """

@@ -17,7 +17,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import grpc
-from cryptography import x509
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -25,7 +24,7 @@ from services.common.clock import Clock
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.authority import AUTHORITY
-from services.common.rpc.certificates import check_leaf, identity_of
+from services.common.rpc.certificates import check_leaf, load_leaf
 from services.common.rpc.errors import CODES, abort
 from services.common.rpc.members import Members
 
@@ -118,8 +117,7 @@ def by_certificate(members: Callable[[], Members], own: tuple[Role, str], clock:
         chain: Any = context.auth_context().get("x509_pem_cert")
         if not chain:
             raise ServiceError(Reason.NOT_PERMITTED, "no client certificate: dial with mutual TLS")
-        leaf = x509.load_pem_x509_certificate(chain[0])
-        named = identity_of(leaf)
+        leaf, named = load_leaf(chain[0])
         known = members()
         roots = known.roots.get(own if named.role is Role.OPERATOR else (named.role, named.id))
         if named.consortium != known.consortium or roots is None:
@@ -147,6 +145,7 @@ class Gate(grpc.ServerInterceptor):
         self._stopping = stop_signal
         self._lock = threading.Lock()
         self._open: Tally[Peer] = Tally()
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def intercept_service(
         self,
@@ -154,8 +153,13 @@ class Gate(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of a known method; an unknown one stays UNIMPLEMENTED."""
-        handler = continuation(handler_call_details)
-        return None if handler is None else self._wrapped(handler_call_details.method, handler)
+        method = handler_call_details.method
+        if method not in self._handlers:
+            handler = continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._wrapped(method, handler)
+        return self._handlers[method]
 
     def _wrapped(self, method: str, handler: Any) -> Any:
         received, sent = _BYTES.labels(method, "received"), _BYTES.labels(method, "sent")

@@ -20,6 +20,7 @@ from services.common.ids import check_id
 T = TypeVar("T")
 
 _VARINT, _LENGTH = 0, 2
+_classes: dict[type, dict[int, tuple[str, "_Kind"]]] = {}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def many(tag: int, message: type | None = None, *, size: int | None = None, maxi
 def encode(message: Any) -> bytes:
     """The one encoding of `message`. Raises MALFORMED where a field is out of its declared limits."""
     out = bytearray()
-    for name, kind in _fields(type(message)):
+    for name, kind in _by_tag(type(message)).values():
         value = getattr(message, name)
         if kind.repeated:
             if len(value) > kind.maximum:
@@ -97,7 +98,7 @@ def encode(message: Any) -> bytes:
 
 def decode(cls: type[T], blob: bytes) -> T:
     """Parse `blob` as `cls`. Raises MALFORMED for anything but the one encoding of a valid message."""
-    kinds = {kind.tag: (name, kind) for name, kind in _fields(cls)}
+    kinds = _by_tag(cls)
     values: dict[str, Any] = {}
     position, last = 0, 0
     while position < len(blob):
@@ -144,7 +145,7 @@ def peek_ident(cls: type, field: str, blob: bytes) -> str:
     Nothing else is looked at, and nothing may be believed before the signature verified: `decode` then
     reads the blob strictly. Raises MALFORMED where there is no such field or no id in it.
     """
-    tag = dict(_fields(cls))[field].tag
+    tag = next(tag for tag, (name, _) in _by_tag(cls).items() if name == field)
     position = 0
     while position < len(blob):
         key, position = _read_varint(cls, blob, position)
@@ -159,9 +160,13 @@ def peek_ident(cls: type, field: str, blob: bytes) -> str:
     raise _malformed(cls, field, "missing")
 
 
-def _fields(cls: type) -> list[tuple[str, _Kind]]:
-    found = [(f.name, f.metadata["kind"]) for f in dataclasses.fields(cls)]
-    return sorted(found, key=lambda item: item[1].tag)
+def _by_tag(cls: type) -> dict[int, tuple[str, _Kind]]:
+    """Tag to (name, kind), ascending by tag; read off the class once."""
+    found = _classes.get(cls)
+    if found is None:
+        kinds = [(f.name, f.metadata["kind"]) for f in dataclasses.fields(cls)]
+        found = _classes[cls] = {kind.tag: (name, kind) for name, kind in sorted(kinds, key=lambda item: item[1].tag)}
+    return found
 
 
 def _payload(message: Any, name: str, kind: _Kind, value: Any) -> bytes:
@@ -212,6 +217,8 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(cls: type, blob: bytes, position: int) -> tuple[int, int]:
+    if position < len(blob) and blob[position] < 0x80:  # nearly every key and most lengths
+        return blob[position], position + 1
     number = 0
     for count in range(10):
         if position >= len(blob):

@@ -7,6 +7,7 @@ keys from the manifest alone. Not here: what a role does about it (custody, roun
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from services.common.errors import Reason, ServiceError
@@ -38,6 +39,7 @@ from services.common.secagg.sealing import load_public_key
 from services.common.secagg.signing import check_public_key, digest, open_claimed, open_signed
 
 RoundSigned = TypeVar("RoundSigned", Endorsement, AcceptList, Lock, PieceSum)
+_REMEMBERED = 8  # valid proposals and manifests: one is looked at in every step of its round, with the same outcome
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ def check_proposal(signed: Signed, roster: Roster) -> CheckedProposal:
 
     Raises BAD_SIGNATURE, MALFORMED, or WRONG_CORE for another charter or a value outside its limits.
     """
+    return _checked_proposal(signed, roster)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _checked_proposal(signed: Signed, roster: Roster) -> CheckedProposal:
     proposal = open_signed(Proposal, "proposal", signed, roster.aggregator.key)
     core = codec.decode(Core, proposal.core)
     limits = roster.limits
@@ -110,6 +117,11 @@ def check_manifest(blob: bytes, roster: Roster) -> CheckedManifest:
     """
     if len(blob) > MAX_MANIFEST_BYTES:
         raise ServiceError(Reason.TOO_LARGE, f"manifest of {len(blob)} bytes, at most {MAX_MANIFEST_BYTES}")
+    return _checked_manifest(blob, roster)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _checked_manifest(blob: bytes, roster: Roster) -> CheckedManifest:
     manifest = codec.decode(Manifest, blob)
     checked = check_proposal(manifest.proposal, roster)
     identity = {pod.id: pod.key for pod in roster.pods}

@@ -56,6 +56,9 @@ class Roster:
     limits: Limits = field(default_factory=Limits)
     demo: bool = False
 
+    def __hash__(self) -> int:
+        return hash(self.charter)
+
     def check(self) -> None:
         """P-1 and P-12: raise INVALID_DOCUMENT for a charter under which a single update could be read."""
         if len(self.charter) != 32:
