@@ -59,13 +59,16 @@ class Counted(grpc.Channel):
 def _counted(
     make: Maker, method: str, request_serializer: Any = None, response_deserializer: Any = None, **options: Any
 ) -> Any:
+    """`make` of the method; without a serializer a message is its bytes already."""
+    outward, inward = _BYTES.labels(method, "sent"), _BYTES.labels(method, "received")
+
     def sent(message: Any) -> bytes:
-        data: bytes = request_serializer(message)
-        _BYTES.labels(method, "sent").inc(len(data))
+        data: bytes = message if request_serializer is None else request_serializer(message)
+        outward.inc(len(data))
         return data
 
     def received(data: bytes) -> Any:
-        _BYTES.labels(method, "received").inc(len(data))
-        return response_deserializer(data)
+        inward.inc(len(data))
+        return data if response_deserializer is None else response_deserializer(data)
 
     return make(method, sent, received, **options)
