@@ -7,13 +7,16 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from services.aggregator.config import load_config as load_aggregator
+from services.cli import kubernetes
 from services.hospital_node.config import load_config as load_hospital
 from services.keyshare.config import load_config as load_pod
 from tests.support.charts import (
     ALL_KINDS,
     CHARTS,
+    HELM,
     INSTALLS,
     KINDS,
     RELEASE,
@@ -148,8 +151,7 @@ def test_documents_keep_their_exact_bytes(files: Files, helm: str, chart: str, t
     given["pin"] = tmp_path / "pin.yaml"
     pinned = [sha256(given[key]) for key in ("charter", "charterNext")]
     given["pin"].write_text('wardround: pin/v1\r\ncurrent: "{}"\r\nnext: "{}"\n\n'.format(*pinned))
-    values = next((Path(__file__).parents[2] / f"deploy/helm/{chart}/ci").glob("minimal.yaml"))
-    found = render(helm, chart, f"--values={values}", *files.options(chart, **given))
+    found = render(helm, chart, f"--values={HELM / chart / 'ci/minimal.yaml'}", *files.options(chart, **given))
     mounted = {
         name: b64decode(blob, validate=True)
         for name, blob in one(found, "ConfigMap", f"{RELEASE}-documents")["binaryData"].items()
@@ -173,3 +175,13 @@ def test_documents_keep_their_exact_bytes(files: Files, helm: str, chart: str, t
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_the_secret_of_site_init_is_the_one_that_is_mounted(files: Files, helm: str, chart: str) -> None:
+    values = HELM / chart / "ci/minimal.yaml"
+    pod = one(install(files, helm, chart, values), "StatefulSet")["spec"]["template"]["spec"]
+    sources = next(volume for volume in pod["volumes"] if volume["name"] == "keys")["projected"]["sources"]
+    id = yaml.safe_load(values.read_text())["config"]["id"]
+    assert {source["secret"]["name"] for source in sources} == {kubernetes.secret_name(id)}
+    assert {item["key"] for source in sources for item in source["secret"]["items"]} == set(kubernetes.KEYS)

@@ -78,7 +78,7 @@ terminationMessagePolicy: FallbackToLogsOnError
 charters: [/etc/wardround/documents/charter.yaml, /etc/wardround/documents/charter-next.yaml]
 pins: /etc/wardround/documents/pin.yaml
 identity_key: /etc/wardround/keys/identity.pem
-tls: {certificate: /etc/wardround/keys/tls.crt, key: /etc/wardround/keys/tls.key}
+tls: {certificate: /etc/wardround/keys/tls.pem, key: /etc/wardround/keys/tls-key.pem}
 state: /var/lib/wardround/state
 http: 0.0.0.0:9464
 {{- end }}
@@ -105,8 +105,13 @@ http: 0.0.0.0:9464
           name: {{ include "wardround.secretName" . }}
           items: [{key: identity.pem, path: identity.pem}]
       - secret:
-          name: {{ .Values.tls.certManager.enabled | ternary (printf "%s-tls" .Release.Name) (include "wardround.secretName" .) }}
-          items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
+          {{- if .Values.tls.certManager.enabled }}
+          name: {{ .Release.Name }}-tls
+          items: [{key: tls.crt, path: tls.pem}, {key: tls.key, path: tls-key.pem}]
+          {{- else }}
+          name: {{ include "wardround.secretName" . }}
+          items: [{key: tls.pem, path: tls.pem}, {key: tls-key.pem, path: tls-key.pem}]
+          {{- end }}
 - name: scratch
   emptyDir: {}
 {{- end }}
@@ -181,7 +186,7 @@ http: 0.0.0.0:9464
 {{- if include "wardround.live" . }}
 {{- $name := include "wardround.secretName" . }}
 {{- $held := (lookup "v1" "Secret" .Release.Namespace $name).data | default dict }}
-{{- range (.Values.tls.certManager.enabled | ternary (list "identity.pem") (list "identity.pem" "tls.crt" "tls.key")) }}
+{{- range (.Values.tls.certManager.enabled | ternary (list "identity.pem") (list "identity.pem" "tls.pem" "tls-key.pem")) }}
 {{- if not (hasKey $held .) }}
 {{- fail (printf "Secret %s has no key %s: make it anew with `wardround site init`, and kubectl apply -f secret.yaml" $name .) }}
 {{- end }}
