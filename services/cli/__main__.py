@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, data, demo, gather, ledger, model, policy, site, study, verify
+from services.cli import charter, data, demo, gather, ledger, model, policy, predict, site, study, verify
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -25,6 +25,9 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(gather.app, name="evidence")
 app.command("demo")(demo.demo)
+app.command("predict")(predict.predict)
+app.command("export")(predict.export)
+app.command("passport")(predict.passport)
 app.command("verify")(verify.verify)
 
 USAGE, REFUSED, BROKEN = 2, 1, 3

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from services.cli.run import Run
+from services.cli.temperature import temperature
+from services.common.documents.costs import final_noise
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED
 from services.hospital_node.ledger import parse_export
@@ -43,6 +45,8 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
             "synthetic_data": study.synthetic,
             "architecture": study.model.architecture,
             "classes": list(study.model.classes),
+            "image_size": study.model.image_size,
+            "backbone": None if study.model.backbone is None else study.model.backbone.model_dump(),
             "parameters": study.model.parameters,
         },
         "charter": {
@@ -72,10 +76,26 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
                 *(one.result.model.hex() for one in run.rounds if _made_model(run, one.number)),
             ],
         },
+        "calibration": {
+            "temperature": _temperature(run),
+            "from": "the final evaluation's score histograms, noise included",
+        },
         "final_evaluation": last.figures if last.released["kind"] == "final" else {},
         "rounds": rounds,
         "no_medical_device": "Trained to show a federation at work. Not a medical device.",
     }
+
+
+def _temperature(run: Run) -> float | None:
+    """From the last result's histograms; None where it released none."""
+    study, sums = run.study.document, run.rounds[-1].released.get("sums", {})
+    if "histogram" not in sums:
+        return None
+    noise = 0.0
+    if study.privacy.mechanism != "none":
+        own = final_noise(study)
+        noise = math.sqrt(run.rounds[-1].released["cohort"]) * own.scale / 2.0**own.fraction_bits
+    return temperature(sums["histogram"], len(study.model.classes), noise)
 
 
 def site_epsilon(ledger: Path, study: str) -> dict[str, float | None]:

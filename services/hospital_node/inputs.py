@@ -22,8 +22,8 @@ from services.hospital_node.dataset import Dataset
 
 # Mean and spread of skin photographs as the dermoscopy literature prints them: public constants. Taking them from
 # the site's own images would cost privacy (privacy.md §5).
-_MEAN = (0.763, 0.546, 0.570)
-_SPREAD = (0.15, 0.15, 0.16)
+PIXEL_MEAN = (0.763, 0.546, 0.570)
+PIXEL_SPREAD = (0.15, 0.15, 0.16)
 
 TURNS = 8  # rotations by quarter turns, each also mirrored
 
@@ -48,7 +48,8 @@ class PixelInputs:
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
         self._dataset = dataset
         self._device = device
-        self._mean, self._spread = (255 * torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (_MEAN, _SPREAD))
+        public = (PIXEL_MEAN, PIXEL_SPREAD)
+        self._mean, self._spread = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in public)
 
     def batch(self, images: NDArray[np.int64], turns: NDArray[np.int64] | None = None) -> Tensor:
         """(n, 3, size, size) float32 on the device."""
