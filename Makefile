@@ -62,8 +62,9 @@ bench-%: setup ## one of them: bench-secagg, bench-round
 images: ## container images with docker, podman or buildah (ARGS="--flavour cuda hospital-node"; TORCH_INDEX_URL=…, BASE_IMAGE=…)
 	@$(PYTHON) deploy/images/build.py $(ARGS)
 
-charts: setup ## make what of the Helm charts is generated: schemas, tables, shared templates
+charts: setup ## make what of the Helm charts is generated: schemas, tables, shared templates, alert rules, dashboards
 	@$(BIN)/python deploy/helm/generate.py
+	@$(BIN)/python -m deploy.monitoring
 
 clean: ## remove what was built, not .venv
 	rm -rf build dist wardround/.proto wardround/*/v1

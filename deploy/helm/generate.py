@@ -21,7 +21,14 @@ from services.hospital_node.config import HospitalConfig
 from services.keyshare.config import PodConfig
 
 HELM = Path(__file__).parent
-SHARED = ("_wardround.tpl", "statefulset.yaml", "configmap.yaml", "pdb.yaml", "certificate.yaml", "networkpolicy.yaml")
+SHARED: tuple[str, ...] = (
+    "_wardround.tpl",
+    "statefulset.yaml",
+    "configmap.yaml",
+    "pdb.yaml",
+    "certificate.yaml",
+    "networkpolicy.yaml",
+)
 SHARED = (*SHARED, "monitoring.yaml", "tests/check.yaml")
 DIALING = ("_dialing.tpl", "networkpolicy-out.yaml")
 COMMON = {"aggregator": SHARED, "hospital-node": (*SHARED, *DIALING), "keyshare": (*SHARED, *DIALING)}

@@ -1,0 +1,1 @@
+"""What is installed at sites beside the services themselves."""
