@@ -6,13 +6,15 @@ with the same outcome.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.aggregator import facts, gate, metrics
+from services.aggregator.modelfile import BLOCK, read_scalars, rewrite
 from services.aggregator.round import State
 from services.aggregator.store import Store
-from services.aggregator.strategy import STRATEGIES, rewrite
+from services.aggregator.strategy import server_step
 from services.aggregator.tally import SumCheck, class_blocks, class_sums, unmask
 from services.common.documents.study import LoadedStudy
 from services.common.errors import Reason, ServiceError
@@ -42,6 +44,7 @@ class Outcome:
     sum_file: bytes
     model: bytes
     version: int
+    kept: bytes  # SHA-256 of what the server keeps beside that model, empty where it keeps nothing
     figure: str
     verdict: str
 
@@ -80,6 +83,7 @@ def conclude(
     return facts.Concluded(
         at=at, outcome=code, reason=outcome.reason, result=result, result_digest=digest("result", result.blob),
         close=close, sum=outcome.sum_file, model=outcome.model, version=outcome.version, figure=outcome.figure,
+        kept=outcome.kept,
     )  # fmt: skip
 
 
@@ -104,17 +108,28 @@ def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> 
     if not verdict.keep and state.gated is not None:
         back = state.gated
         return Outcome(
-            False, verdict.reason, figures, sums, total, sum_file, back.model, back.version, "", "rolled back"
+            False,
+            verdict.reason,
+            figures,
+            sums,
+            total,
+            sum_file,
+            back.model,
+            back.version,
+            back.kept,
+            "",
+            "rolled back",
         )
-    model, version = state.model, state.version
+    model, version, kept = state.model, state.version, state.kept
     if "parameter" in names:
         try:
-            model, version = _step(state, table, study, store, path), state.newest_version + 1
+            model, kept = _step(state, table, study, store, path)
+            version = state.newest_version + 1
         except ServiceError as error:
             if error.reason is not Reason.NOT_FINITE:
                 raise
             return _rejected(state, error.detail, total, sum_file)
-    return Outcome(True, "", figures, sums, total, sum_file, model, version, shown, "accepted")
+    return Outcome(True, "", figures, sums, total, sum_file, model, version, kept, shown, "accepted")
 
 
 def released_figures(
@@ -150,15 +165,27 @@ def _judge(
     return figures, sums, verdict
 
 
-def _step(state: State, table: LaneTable, study: LoadedStudy, store: Store, path: Path) -> bytes:
-    server, lane = study.document.server, table.lane_class("parameter")
-    step = STRATEGIES[server.strategy](server.learning_rate, len(state.members), lane.fraction_bits)
+def _step(state: State, table: LaneTable, study: LoadedStudy, store: Store, path: Path) -> tuple[bytes, bytes]:
+    """(the next model, what is kept beside it) by digest, both on the disk. Raises NOT_FINITE."""
+    lane = table.lane_class("parameter")
+    kept = store.blobs.path(state.kept) if state.kept else None
+    step = server_step(study.document, state.round, len(state.members), lane.fraction_bits, read_scalars(kept))
     model = store.blobs.path(state.model)
-    return store.blobs.write(rewrite(model, lane.values, class_blocks(table, "parameter", path), step))
+    pairs = rewrite(model, kept, lane.values, class_blocks(table, "parameter", path, BLOCK), step)
+    if not step.slots:
+        return store.blobs.write(numbers for numbers, _ in pairs), b""
+    with store.blobs.partial("kept", 0) as file:
+
+        def numbers_of_model() -> Iterator[bytes]:
+            for numbers, slots in pairs:
+                file.append(slots)
+                yield numbers
+
+        return store.blobs.write(numbers_of_model()), file.finish()
 
 
 def _rejected(state: State, reason: str, total: bytes, sum_file: bytes) -> Outcome:
-    return Outcome(False, reason, {}, {}, total, sum_file, state.model, state.version, "", "rejected")
+    return Outcome(False, reason, {}, {}, total, sum_file, state.model, state.version, state.kept, "", "rejected")
 
 
 def _released(state: State, outcome: Outcome) -> bytes:

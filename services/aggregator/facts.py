@@ -224,6 +224,7 @@ class Concluded:
     model: bytes
     version: int
     figure: str  # decimal text of the gate's figure for the model that the round started from; empty = none
+    kept: bytes = b""  # SHA-256 of what the server keeps beside the model for its next step; empty = nothing
 
 
 @dataclass(frozen=True)

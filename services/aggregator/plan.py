@@ -12,8 +12,8 @@ from pathlib import Path
 
 from services.aggregator import metrics
 from services.aggregator.config import Config
+from services.aggregator.modelfile import check_model_file
 from services.aggregator.store import Store
-from services.aggregator.strategy import check_model_file
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.shape import check_study, total_rounds
 from services.common.documents.study import LoadedStudy, load_study

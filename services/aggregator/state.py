@@ -64,6 +64,7 @@ class Gated:
     model: bytes
     version: int
     figure: float
+    kept: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class State:
     previous_result: bytes = ZERO_DIGEST
     model: bytes = b""  # that the next round starts from; empty = the study's initial one
     version: int = 0
+    kept: bytes = b""  # beside that model, for the server's next step; empty = nothing
     newest_version: int = 0
     gated: Gated | None = None
     close: Signed | None = None  # of the newest concluded round
@@ -189,10 +191,10 @@ def evolve(state: State, fact: f.Fact) -> State:
         case f.Concluded():
             gated = state.gated
             if fact.outcome == OUTCOME_ACCEPTED and fact.figure:
-                gated = Gated(state.model, state.version, float(fact.figure))
+                gated = Gated(state.model, state.version, float(fact.figure), state.kept)
             return replace(
                 state, previous_result=fact.result_digest, model=fact.model, version=fact.version, gated=gated,
-                newest_version=max(state.newest_version, fact.version), close=fact.close,
+                newest_version=max(state.newest_version, fact.version), close=fact.close, kept=fact.kept,
             )  # fmt: skip
         case _:
             return state

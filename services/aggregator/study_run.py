@@ -73,6 +73,7 @@ class StudyRun:
         self.state = State()
         self.links: list[Link] = []
         self.models: set[bytes] = {bytes.fromhex(self.study.document.model.initial)}
+        self._kept: set[bytes] = set()  # what was kept beside any model; scrubbed when no step can start from it
         self.unstored: list[f.Fact] = []
         self.closed_round = 0
         self.figures: dict[str, float] = {}  # newest released ones by name
@@ -147,9 +148,13 @@ class StudyRun:
             self.scrub()
 
     def scrub(self) -> None:
-        """Remove the vectors of every attempt but the open one."""
+        """Remove the vectors of every attempt but the open one, and what no later step will start from."""
         over = self.state.phase in (Phase.IDLE, Phase.TRAINING, Phase.FINISHED)
         self._store.vectors.scrub(None if over else (self.state.round, self.state.attempt))
+        needed = {self.state.kept, self.state.gated.kept if self.state.gated is not None else b""}
+        for kept in self._kept - needed:
+            self._store.blobs.delete(kept)
+        self._kept &= needed
 
     def open_round(
         self,
@@ -220,6 +225,7 @@ class StudyRun:
                 endorsements = tuple(state.endorsements[pod] for pod in state.pods if pod in state.endorsements)
                 self.links.append(Link(state.round, fact.result, state.manifest, endorsements, state.certificate))
                 self.models.add(fact.model)
+                self._kept |= {fact.kept} - {b""}
                 self.closed_round = state.round
                 self.figures = self.figures | json.loads(codec.decode(Result, fact.result.blob).released)["figures"]
             case f.Stalled():

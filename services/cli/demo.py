@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli import demo_study, federation, passport, synthetic
+from services.cli.claim import claim_in_words
 from services.cli.drafts import unwritten_model, write_initial
 from services.cli.evidence import administration, collect, place, status
 from services.cli.federation import Federation
 from services.cli.live import SiteView, Snapshot, View
 from services.cli.processes import Service, stop_all, wait_for_file
 from services.cli.run import load_run, write_sums
+from services.cli.study import Mechanism
 from services.common.documents.study import BackboneSection, CohortSection
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role, check_id
@@ -58,9 +60,18 @@ def demo(  # what a person may choose; each has a default that works
         typer.Option(help="folder with one folder per site (metadata.csv and images); else synthetic images"),
     ] = None,
     hospitals: Annotated[int, typer.Option(min=2, max=10, help="how many, with synthetic images")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="training rounds; one evaluation follows")] = 4,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="training rounds; one evaluation follows; default: 4, and 20 under shared"),
+    ] = None,
     committee: Annotated[str, typer.Option(help="pods and threshold: 4,2 or 5,3 or 3,3 or 7,3")] = "4,2",
-    mechanism: Annotated[str, typer.Option(help="local (differential privacy at each hospital) or none")] = "local",
+    cohort: Annotated[
+        str | None,
+        typer.Option(help="smallest cohort and hospitals that may collude; default: 3,1, larger under shared"),
+    ] = None,
+    mechanism: Annotated[
+        Mechanism, typer.Option(help="local: DP-SGD at each hospital; shared: one noise for all; none: no protection")
+    ] = Mechanism.local,
     epsilon: Annotated[float, typer.Option(min=0.01, help="ε of the whole study, evaluations included")] = 8.0,
     model: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
     image_size: Annotated[int | None, typer.Option(help="pixels of a side; default: tuned for the model")] = None,
@@ -76,7 +87,8 @@ def demo(  # what a person may choose; each has a default that works
     """
     console = Console()
     started = time.monotonic()
-    pods, threshold = _pair(committee)
+    pods, threshold = _pair(committee, "--committee", "pods and threshold, such as 5,3")
+    rounds = rounds or (20 if mechanism is Mechanism.shared else 4)
     _claim_folder(output)
     if data is None:
         console.print(f"Drawing synthetic images for {hospitals} hospitals …")
@@ -88,13 +100,14 @@ def demo(  # what a person may choose; each has a default that works
         pods,
         threshold,
         model,
-        mechanism,
+        mechanism.value,
         rounds,
         epsilon,
         image_size,
         backbone,
         synthetic_data=data is None,
         quick_deadline=kill_one,
+        cohort=None if cohort is None else _pair(cohort, "--cohort", "smallest cohort and colluding, such as 3,1"),
     )
     what = "synthetic images (drawn, not photographed)" if data is None else f"real images from {data}"
     title = f"Wardround demo · {len(folders)} hospitals, {pods} key-share pods · {what}"
@@ -125,10 +138,12 @@ def lay_out(
     *,
     synthetic_data: bool,
     quick_deadline: bool = False,
+    cohort: tuple[int, int] | None = None,
 ) -> Federation:
     """All files of a federation: sites, charter, v0, study, policies, configs.
 
-    `quick_deadline`: a round waits 25 s for the missing, not longer. Raises INVALID_DOCUMENT and the like.
+    `quick_deadline`: a round waits 25 s for the missing, not longer. `cohort`: (n_min, k); None: one hospital may be
+    missing under `shared`, three are enough else, and one may collude. Raises INVALID_DOCUMENT and the like.
     """
     if model not in demo_study.REAL:
         raise ServiceError(Reason.INVALID_DOCUMENT, f"model {model!r} is unknown: choose {', '.join(demo_study.REAL)}")
@@ -140,9 +155,9 @@ def lay_out(
     wanted = unwritten_model(model, image_size or settings.image_size, classes, weights)
     section = write_initial(wanted, output / "v0.safetensors", seed=1)
     sites = federation.make_sites(output, list(folders), pods)
-    minimum, colluding = min(3, len(folders)), min(1, len(folders) - 2)
+    enough = max(3, len(folders) - 1) if mechanism == "shared" else 3
+    minimum, colluding = cohort or (min(enough, len(folders)), min(1, len(folders) - 2))
     charter = federation.write_charter(output, sites, federation.committee_of(pods, threshold), minimum, colluding)
-    counts = sorted(_patients(folder) for folder in folders.values())
     study = demo_study.draft(
         synthetic=synthetic_data,
         model=section,
@@ -151,7 +166,7 @@ def lay_out(
         rounds=rounds,
         epsilon=epsilon,
         delta=1e-5,
-        patients=max(10, int(0.07 * counts[len(counts) // 2]) * 10),
+        patients={name: max(10, int(0.07 * _patients(folder)) * 10) for name, folder in folders.items()},
         cohort=CohortSection(minimum=minimum, colluding_hospitals=colluding),
     )
     laid = federation.write_study(output, sites, charter, study)
@@ -237,9 +252,8 @@ def _snapshot(running: Running, now: admin_pb2.Status, rounds: int, dead: set[st
                 found = status(stub)
         phase = "killed" if site.id in dead else found.phase if found is not None else "starting"
         figures = dict(found.figures) if found is not None else {}
-        views.append(
-            SiteView(site.id, site.role.value, phase, figures.get("epsilon_spent"), figures.get("epsilon_left"))
-        )
+        spent, left, solo = (figures.get(f"epsilon_{name}") for name in ("spent", "left", "solo"))
+        views.append(SiteView(site.id, site.role.value, phase, spent, left, solo))
     quality = {k: v for k, v in now.figures.items() if k in ("balanced_accuracy", "accuracy", "macro_auc")}
     return Snapshot(
         now.phase, now.round, rounds, now.attempt, now.model_version, now.hospitals_submitted, tuple(views), quality
@@ -255,24 +269,26 @@ def _summary(console: Console, content: dict[str, Any], output: Path, seconds: f
         table.add_row(str(one["round"]), one["verdict"], str(one["cohort"]), f"v{one['model_version']}", figures)
     console.print(table)
     unit = content["privacy"]["unit"]
-    spent = Table(title=f"ε spent at δ = {content['privacy']['delta']}; each {unit} is in one split only")
+    spent = Table(title=f"ε (ε_solo) spent at δ = {content['privacy']['delta']}; each {unit} is in one split only")
     if content["privacy"]["mechanism"] == "none":
         spent = Table(title="no noise was added: ε is not bounded, only sums were hidden")
     for column in ("hospital", "unit", *passport.SPLITS):
         spent.add_column(column)
     for site, splits in content["privacy"]["epsilon_by_site_and_split"].items():
-        cells = [passport.shown_epsilon(splits, split, 2) for split in passport.SPLITS]
+        solo = content["privacy"]["epsilon_solo_by_site_and_split"][site]
+        cells = [passport.shown_with_solo(splits, solo, split, 2) for split in passport.SPLITS]
         spent.add_row(site, content["privacy"]["unit_by_site"][site], *cells)
     console.print(spent)
+    console.print(f"Claimed: {claim_in_words(content['privacy']['claim'], unit)}.", highlight=False)
     if content["study"]["synthetic_data"]:
         console.print("The images were synthetic: drawn, not photographed.")
     console.print(f"Model, passport and learning curve: {output}\nCheck it: wardround verify {output}", highlight=False)
 
 
-def _pair(committee: str) -> tuple[int, int]:
-    parts = committee.split(",")
+def _pair(text: str, option: str, wanted: str) -> tuple[int, int]:
+    parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ServiceError(Reason.INVALID_DOCUMENT, f"--committee {committee!r}: give pods and threshold, such as 5,3")
+        raise ServiceError(Reason.INVALID_DOCUMENT, f"{option} {text!r}: give {wanted}")
     return int(parts[0]), int(parts[1])
 
 

@@ -1,9 +1,16 @@
 """The study that `wardround demo` drafts: settings for a model, noise calibrated to the ε that was asked for."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.cli.drafts import evaluation_section, privacy_section
+from services.cli.drafts import (
+    evaluation_section,
+    gate_rounds,
+    privacy_section,
+    server_section,
+    training_section,
+)
 from services.common.documents.study import (
     CohortSection,
     EncodingSection,
@@ -11,13 +18,15 @@ from services.common.documents.study import (
     ModelSection,
     Study,
     TimingSection,
-    TrainingSection,
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was tuned for one model on one kind of data (docs/results.md); seconds are for two cores."""
+    """What was tuned for one model on one kind of data (docs/results.md); seconds are for two cores.
+
+    `server_rate`: of the global steps under `shared`, each of which takes `shared_seconds` at most.
+    """
 
     image_size: int
     sampling_rate: float
@@ -27,13 +36,15 @@ class Settings:
     submit_seconds: float
     plain_steps: int
     plain_rate: float
+    server_rate: float
+    shared_seconds: float
 
 
-SYNTHETIC = Settings(28, 1.0, 5, 0.7, 3, 60, 20, 0.05)
+SYNTHETIC = Settings(28, 1.0, 5, 0.7, 3, 60, 20, 0.05, 1.0, 1)
 REAL = {
-    "small-cnn": Settings(64, 0.2, 10, 1.0, 20, 1800, 60, 0.05),
-    "resnet18-gn": Settings(64, 0.03, 2, 0.5, 60, 7200, 30, 0.05),
-    "linear-head": Settings(224, 1.0, 5, 15.0, 20, 1800, 40, 3.0),
+    "small-cnn": Settings(64, 0.2, 10, 1.0, 20, 1800, 60, 0.05, 1.0, 10),
+    "resnet18-gn": Settings(64, 0.03, 2, 0.5, 60, 7200, 30, 0.05, 0.5, 60),
+    "linear-head": Settings(224, 1.0, 5, 15.0, 20, 1800, 40, 3.0, 15.0, 0),
 }
 
 # Images of each class as HAM10000's authors published them (Tschandl 2018): public, so they cost nothing. A site's own
@@ -50,14 +61,15 @@ def draft(
     rounds: int,
     epsilon: float,
     delta: float,
-    patients: int,
+    patients: Mapping[str, int],
     cohort: CohortSection,
 ) -> Study:
-    """The demo's study. `patients`: the published number of training patients of a site, a rounded figure.
+    """The demo's study. `patients`: the published number of training patients of each site, a rounded figure.
 
     Raises OUT_OF_BOUND where no noise gives `epsilon`.
     """
-    private = mechanism != "none"
+    private, shared = mechanism != "none", mechanism == "shared"
+    train_seconds = settings.shared_seconds if shared else settings.train_seconds
     return Study(
         wardround="study/v1",
         name="demo-lesions",
@@ -72,27 +84,36 @@ def draft(
             delta=delta,
             sampling_rate=settings.sampling_rate,
             patients=patients,
-            steps=settings.steps,
+            steps=1 if shared else settings.steps,
             rounds=rounds,
             parameters=model.parameters,
+            cohort=cohort,
+            largest_cohort=len(patients),
         ),
-        training=TrainingSection(
-            learning_rate=settings.learning_rate if private else settings.plain_rate,
+        training=training_section(
+            mechanism,
+            settings.learning_rate if private else settings.plain_rate,
             momentum=0.0 if private else 0.9,
             micro_batch=64 if model.parameters < 1_000_000 else 8,  # DP holds a gradient of all parameters for each
             class_frequencies=_public_shares(model.classes),
             local_steps=settings.plain_steps,
         ),
         encoding=EncodingSection(update_clip=50.0, update_bound=4.0),
-        evaluation=evaluation_section(mechanism, epsilon, delta, tuple(range(2, rounds + 1))),
+        evaluation=evaluation_section(mechanism, epsilon, delta, gate_rounds(rounds) if shared else _each(rounds)),
         gate=GateSection(largest_drop=0.3),
+        server=server_section(mechanism, settings.server_rate, momentum=0.9),
         cohort=cohort,
         timing=TimingSection(
-            train_seconds=settings.train_seconds,
+            train_seconds=train_seconds,
             submit_seconds=settings.submit_seconds,
             attempt_seconds=3 * settings.submit_seconds,
         ),
     )
+
+
+def _each(rounds: int) -> tuple[int, ...]:
+    """A gate in every round but the first, whose model nobody has trained yet."""
+    return tuple(range(2, rounds + 1))
 
 
 def _public_shares(classes: tuple[str, ...]) -> tuple[float, ...]:

@@ -2,12 +2,13 @@
 
 import datetime
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.common.documents.charter import LoadedCharter
-from services.common.documents.costs import spare_rounds
+from services.common.documents.costs import NOISE_ROOM, spare_rounds
 from services.common.documents.policy import AllowedStudy, Policy
 from services.common.documents.study import (
     BackboneSection,
@@ -16,6 +17,7 @@ from services.common.documents.study import (
     LoadedStudy,
     ModelSection,
     PrivacySection,
+    ServerSection,
     Study,
     TimingSection,
     TrainingSection,
@@ -23,13 +25,17 @@ from services.common.documents.study import (
 from services.common.dp.accounting import calibrate
 from services.common.errors import Reason, ServiceError
 
+_FINEST_BITS = 24  # beyond it rounding costs nothing that could be measured
 _GATES = 3
 _UNKNOWN = "0" * 64
 
 
 @dataclass(frozen=True)
 class DraftChoices:
-    """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex."""
+    """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex.
+
+    `patients`: published, of a typical hospital. `sampling_rate` and `steps` None: what suits model and mechanism.
+    """
 
     name: str
     purpose: str
@@ -43,8 +49,8 @@ class DraftChoices:
     epsilon: float
     delta: float
     patients: int
-    sampling_rate: float
-    steps: int
+    sampling_rate: float | None
+    steps: int | None
     seed: int
     expires: datetime.date
 
@@ -55,8 +61,10 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
     Every split may use the whole ε: a patient is in one of them only. σ covers the spare rounds.
     """
     model = write_initial(_model(choices), initial, choices.seed)
-    gates = _gate_rounds(choices.rounds)
-    ours = charter.document.cohort
+    gates = gate_rounds(choices.rounds)
+    ours, shared, head = charter.document.cohort, choices.mechanism == "shared", model.backbone is not None
+    steps = choices.steps or (1 if shared else 4)
+    cohort = CohortSection(minimum=ours.minimum, colluding_hospitals=ours.colluding_hospitals)
     return Study(
         wardround="study/v1",
         name=choices.name,
@@ -68,19 +76,18 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
             mechanism=choices.mechanism,
             epsilon=choices.epsilon,
             delta=choices.delta,
-            sampling_rate=choices.sampling_rate,
-            patients=choices.patients,
-            steps=choices.steps,
+            sampling_rate=choices.sampling_rate or (1.0 if head else 0.25),
+            patients=dict.fromkeys((member.id for member in charter.document.hospitals), choices.patients),
+            steps=steps,
             rounds=choices.rounds,
             parameters=model.parameters,
+            cohort=cohort,
+            largest_cohort=ours.maximum,
         ),
-        training=TrainingSection(
-            learning_rate=0.5 if choices.architecture == "linear-head" else 0.1,
-            momentum=0.9,
-            local_steps=choices.steps,
-        ),
+        training=training_section(choices.mechanism, 0.5 if head else 0.1, momentum=0.9, local_steps=steps),
         evaluation=evaluation_section(choices.mechanism, choices.epsilon, choices.delta, gates),
-        cohort=CohortSection(minimum=ours.minimum, colluding_hospitals=ours.colluding_hospitals),
+        server=server_section(choices.mechanism, 2.0 if head else 0.5, momentum=0.9),
+        cohort=cohort,
         timing=TimingSection(train_seconds=600, submit_seconds=600, attempt_seconds=1800),
     )
 
@@ -156,34 +163,71 @@ def privacy_section(
     epsilon: float,
     delta: float,
     sampling_rate: float,
-    patients: int,
+    patients: Mapping[str, int],
     steps: int,
     rounds: int,
     parameters: int,
+    cohort: CohortSection,
+    largest_cohort: int,
 ) -> PrivacySection:
-    """The smallest noise with which all rounds and the spare ones keep (ε, δ). `patients`: published, of one site."""
+    """The smallest noise with which all rounds and the spare ones keep (ε, δ). `patients`: published, by hospital.
+
+    `expected_batch` is q times the published patients: of the middle hospital under `local`, of all under `shared`.
+    """
     if mechanism == "none":
         return PrivacySection(
             mechanism="none",
             none_accepted="We accept that no single patient is protected by noise in this study.",
             steps_per_round=steps,
         )
-    clip = 1.0
+    clip, counts, shared = 1.0, sorted(patients.values()), mechanism == "shared"
+    noise = calibrate(epsilon, delta, sampling_rate, (rounds + spare_rounds(rounds)) * steps)
+    bits = max(18, math.ceil(math.log2(256 * math.sqrt(parameters) / clip)))
+    if shared:
+        honest = cohort.minimum - cohort.colluding_hospitals
+        bits = _shared_bits(parameters, clip, noise / math.sqrt(honest), counts[-1], largest_cohort)
     return PrivacySection(
-        mechanism="local",
+        mechanism="shared" if shared else "local",
         epsilon=epsilon,
         delta=delta,
+        against="public" if shared and cohort.colluding_hospitals == 0 else "hospitals",
+        patients=dict(patients),
         clip=clip,
-        noise_multiplier=calibrate(epsilon, delta, sampling_rate, (rounds + spare_rounds(rounds)) * steps),
+        noise_multiplier=noise,
         sampling_rate=sampling_rate,
-        expected_batch=max(1.0, sampling_rate * patients),
+        expected_batch=max(1.0, sampling_rate * (sum(counts) if shared else counts[len(counts) // 2])),
         steps_per_round=steps,
-        scale_bits=max(18, math.ceil(math.log2(256 * math.sqrt(parameters) / clip))),
+        scale_bits=bits,
     )
 
 
+def _shared_bits(parameters: int, clip: float, share: float, patients: int, largest_cohort: int) -> int:
+    """The finest scale at which `patients` surely stay within the data bound, if it is fine enough (privacy.md §3).
+
+    `share` is S_h in units of sC. Where no scale does both, the coarsest that the rounding bears.
+    """
+    coarsest = math.ceil(math.log2(256 * math.sqrt(parameters) / clip))
+    bound = (2**31 - 1) // largest_cohort
+    finest = math.floor(math.log2(bound / (clip * (patients + 1.01 * NOISE_ROOM * share))))
+    return max(coarsest, min(_FINEST_BITS, finest))
+
+
+def training_section(mechanism: str, learning_rate: float, *, momentum: float, **more: Any) -> TrainingSection:
+    """How gradients are taken; rate and momentum are left out under `shared`, where a hospital takes no own steps."""
+    if mechanism == "shared":
+        return TrainingSection(**more)
+    return TrainingSection(learning_rate=learning_rate, momentum=momentum, **more)
+
+
+def server_section(mechanism: str, learning_rate: float, momentum: float) -> ServerSection:
+    """`shared`: SGD with momentum on the global gradient; else FedAvg."""
+    if mechanism != "shared":
+        return ServerSection()
+    return ServerSection(strategy="sgd", learning_rate=learning_rate, momentum=momentum)
+
+
 def evaluation_section(mechanism: str, epsilon: float, delta: float, gates: tuple[int, ...]) -> EvaluationSection:
-    """These gates and a final evaluation; under `local` each split may use the whole ε."""
+    """These gates and a final evaluation; under noise each split may use the whole ε."""
     if mechanism == "none":
         return EvaluationSection(gate_rounds=gates)
     return EvaluationSection(
@@ -204,7 +248,7 @@ def _model(choices: DraftChoices) -> ModelSection:
     return unwritten_model(choices.architecture, choices.image_size, choices.classes, backbone)
 
 
-def _gate_rounds(rounds: int) -> tuple[int, ...]:
+def gate_rounds(rounds: int) -> tuple[int, ...]:
     """Up to three, spread over the study; never the first round, whose model nobody has trained yet."""
     return tuple(
         sorted({max(2, round(rounds * part / _GATES)) for part in range(1, _GATES + 1)} & set(range(2, rounds + 1)))

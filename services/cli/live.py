@@ -22,6 +22,7 @@ class SiteView:
     phase: str
     epsilon_spent: float | None = None
     epsilon_left: float | None = None
+    epsilon_solo: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ class Snapshot:
             parts.append(f"attempt {self.attempt}")
         parts += [f"model v{self.version}", f"submitted {self.submitted}"]
         spent = max((site.epsilon_spent for site in self.sites if site.epsilon_spent), default=0.0)
-        if spent:
-            parts.append(f"ε spent ≤ {_number(spent, math.ceil)}" if math.isfinite(spent) else "ε not bounded")
+        solo = max((site.epsilon_solo for site in self.sites if site.epsilon_solo), default=spent)
+        if spent and math.isfinite(spent):
+            alone = f" (ε_solo ≤ {_number(solo, math.ceil)})" if solo > spent else ""
+            parts.append(f"ε spent ≤ {_number(spent, math.ceil)}{alone}")
+        elif spent:
+            parts.append("ε not bounded")
         parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(self.figures.items())]
         return " · ".join(parts)
 
@@ -95,7 +100,7 @@ class View:
             f"{snapshot.submitted} submitted",
         )
         table = Table(expand=True, box=None, pad_edge=False)
-        for column in ("site", "role", "now", "ε spent", "ε left"):
+        for column in ("site", "role", "now", "ε spent", "ε_solo", "ε left"):
             table.add_column(column, justify="right" if column.startswith("ε") else "left")
         for site in snapshot.sites:
             table.add_row(
@@ -103,6 +108,7 @@ class View:
                 site.role,
                 site.phase,
                 _number(site.epsilon_spent, math.ceil),
+                _number(site.epsilon_solo, math.ceil),
                 _number(site.epsilon_left, math.floor),
             )
         figures = "   ".join(

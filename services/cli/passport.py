@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from services.cli.claim import claim, claim_in_words
 from services.cli.run import Run
 from services.cli.temperature import temperature
 from services.common.documents.costs import final_noise
@@ -62,11 +63,10 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
             "unit": " or ".join(sorted(set(units.values()))),
             "unit_by_site": units,
             "adjacency": "add or remove one unit of one hospital",
-            "claimed_epsilon": study.privacy.epsilon,
+            "claim": claim(study),
             "delta": study.privacy.delta,
-            "epsilon_by_site_and_split": {
-                folder.name: site_epsilon(folder / "ledger.jsonl", run.study.digest.hex()) for folder in _hospitals(run)
-            },
+            "epsilon_by_site_and_split": _by_site(run, solo=False),
+            "epsilon_solo_by_site_and_split": _by_site(run, solo=True),
         },
         "model": {
             "version": last.result.version,
@@ -98,12 +98,18 @@ def _temperature(run: Run) -> float | None:
     return temperature(sums["histogram"], len(study.model.classes), noise)
 
 
-def site_epsilon(ledger: Path, study: str) -> dict[str, float | None]:
-    """ε of one study (hex) by split, from the exported ledger; None where it is not bounded, as no noise was added."""
+def site_epsilon(ledger: Path, study: str, solo: bool = False) -> dict[str, float | None]:
+    """ε (or ε_solo) of one study (hex) by split, from the exported ledger; None where it is not bounded."""
     account = Account(entry.parsed() for entry in parse_export(ledger.read_text().splitlines()))
     return {
-        split: round_up(value, 4) if math.isfinite(value) else None for split, value in account.splits(study).items()
+        split: round_up(value, 4) if math.isfinite(value) else None
+        for split, value in account.splits(study, solo).items()
     }
+
+
+def _by_site(run: Run, *, solo: bool) -> dict[str, dict[str, float | None]]:
+    digest = run.study.digest.hex()
+    return {folder.name: site_epsilon(folder / "ledger.jsonl", digest, solo) for folder in _hospitals(run)}
 
 
 def shown_epsilon(splits: dict[str, float | None], split: str, digits: int) -> str:
@@ -112,6 +118,12 @@ def shown_epsilon(splits: dict[str, float | None], split: str, digits: int) -> s
     if value is None:
         return "not bounded"
     return f"{round_up(value, digits):.{digits}f}" if value else "–"
+
+
+def shown_with_solo(splits: dict[str, float | None], solo: dict[str, float | None], split: str, digits: int) -> str:
+    """The same with ε_solo in brackets: what holds if all the others collude or fail."""
+    found = shown_epsilon(splits, split, digits)
+    return f"{found} ({shown_epsilon(solo, split, digits)})" if splits.get(split) else found
 
 
 def round_up(value: float, digits: int) -> float:
@@ -153,14 +165,17 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         "## Privacy",
         "",
-        f"Mechanism `{privacy['mechanism']}`; unit: {privacy['unit']}; adjacency: {privacy['adjacency']}; "
-        + _claim(privacy),
+        f"Mechanism `{privacy['mechanism']}`; unit: {privacy['unit']}; adjacency: {privacy['adjacency']}. "
+        f"Claimed: {claim_in_words(privacy['claim'], privacy['unit'])}.",
+        "",
+        "Spent, with ε_solo in brackets: what a site's own noise gives its patients if all the others collude or fail.",
         "",
         "| site | ε train | ε validation | ε test |",
         "|---|---|---|---|",
     ]
     for site, splits in privacy["epsilon_by_site_and_split"].items():
-        cells = [shown_epsilon(splits, split, 3) for split in SPLITS]
+        solo = privacy["epsilon_solo_by_site_and_split"][site]
+        cells = [shown_with_solo(splits, solo, split, 3) for split in SPLITS]
         lines.append(f"| {site} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -176,12 +191,6 @@ def markdown(content: dict[str, Any]) -> str:
             f"{figures} | `{one['certificate_sha256'][:16]}…` |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _claim(privacy: dict[str, Any]) -> str:
-    if privacy["mechanism"] == "none":
-        return "**no noise was added: no ε is claimed, only sums were hidden.**"
-    return f"claimed ε = {privacy['claimed_epsilon']} at δ = {privacy['delta']}."
 
 
 def draw_curve(run: Run, path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from services.cli.claim import claim, claim_in_words, up
 from services.cli.drafts import DraftChoices, draft_study
 from services.cli.files import refuse_existing, write_new
 from services.common.documents.charter import LoadedCharter, load_charter
@@ -22,7 +23,7 @@ from services.common.documents.costs import (
     study_epsilon,
 )
 from services.common.documents.emit import emit
-from services.common.documents.shape import check_study, largest_split, round_shape, total_rounds
+from services.common.documents.shape import check_study, largest_batch, largest_split, round_shape, total_rounds
 from services.common.documents.site import read
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
@@ -34,9 +35,10 @@ _TAG = 16
 
 
 class Mechanism(StrEnum):
-    """The mechanisms of this release."""
+    """Who adds how much noise (docs/privacy.md)."""
 
     local = "local"
+    shared = "shared"
     none = "none"
 
 
@@ -71,16 +73,21 @@ def draft(
     weights: Annotated[Path | None, typer.Option(help="for linear-head: the backbone's weights file")] = None,
     image_size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="most training rounds")] = 20,
-    mechanism: Annotated[Mechanism, typer.Option(help="local: DP-SGD at each hospital; none: no protection")] = (
-        Mechanism.local
-    ),
+    mechanism: Annotated[
+        Mechanism, typer.Option(help="local: DP-SGD at each hospital; shared: one noise for all; none: no protection")
+    ] = Mechanism.local,
     epsilon: Annotated[float, typer.Option(min=0.01, help="ε of the whole study for one patient")] = 8.0,
     delta: Annotated[float, typer.Option(min=1e-12, max=1e-2, help="δ of the whole study")] = 1e-5,
     patients: Annotated[
         int, typer.Option(min=1, help="training patients of a typical hospital, a PUBLIC figure")
     ] = 1000,
-    sampling_rate: Annotated[float, typer.Option(min=1e-4, max=1, help="chance of a patient to be in a step")] = 0.25,
-    steps: Annotated[int, typer.Option(min=1, help="local steps in a round")] = 4,
+    sampling_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-4, max=1, help="chance of a patient to be in a step; default: 1 for features, else 0.25"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="local steps in a round; default: 4, and 1 under shared")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the public initial weights")] = 1,
     expires: Annotated[datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="default: in a year")] = None,
 ) -> None:
@@ -131,13 +138,19 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
     splits: dict[str, dict[str, float]] = {}
     if delta is not None:
         planned, covered = study_epsilon(document, spare=False), study_epsilon(document)
+        solo = study_epsilon(document, solo=True)
         once = {
             event.split: epsilon_of((event.event,), delta)
             for number in _kinds(document.rounds, document.evaluation.gate_rounds, document.evaluation.final)
             for event in round_events(document, number)
         }
         splits = {
-            split: {"one_round": once[split], "planned": planned[split], "with_spare_rounds": covered[split]}
+            split: {
+                "one_round": once[split],
+                "planned": planned[split],
+                "with_spare_rounds": covered[split],
+                "solo": solo[split],
+            }
             for split in covered
         }
     committee = charter.roster.committee
@@ -157,13 +170,7 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
         "sha256": study.digest.hex(),
         "charter": charter.digest.hex(),
         "demo": charter.document.demo,
-        "colluding_hospitals": document.cohort.colluding_hospitals,
-        "minimum_cohort": document.cohort.minimum,
-        "mechanism": document.privacy.mechanism,
-        "unit": document.privacy.unit,
-        "adjacency": "add/remove",
-        "delta": delta,
-        "claimed_epsilon": document.privacy.epsilon,
+        "claim": claim(document),
         "epsilon": max((values["with_spare_rounds"] for values in splits.values()), default=None),
         "splits": splits,
         "rounds": document.rounds,
@@ -171,6 +178,7 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
         "gates": len(document.evaluation.gate_rounds),
         "final_evaluation": document.evaluation.final,
         "largest_split": largest_split(charter, study),
+        "largest_batch": largest_batch(charter, study),
         "parameters": document.model.parameters,
         "upload_bytes": {kind: size + boxes for kind, size in shapes.items() if size},
         "download_bytes": 4 * document.model.parameters,
@@ -190,14 +198,13 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     if found["demo"]:
         console.print("[bold red]DEMO charter: safety rules are lifted; not for patients' data[/]")
     if found["splits"]:
-        table = Table("patient of the split", "ε of one round", "planned rounds", "with spare rounds", box=None)
-        for split, values in found["splits"].items():
-            table.add_row(split, *(f"{math.ceil(value * 1000) / 1000:.3f}" for value in values.values()))
-        console.print(table)
-        console.print(
-            f"claimed: ε = {found['claimed_epsilon']:g} at δ = {found['delta']:g} for one {found['unit']} of one "
-            f"hospital, {found['adjacency']}; mechanism local, so it holds whoever else colludes"
+        table = Table(
+            "patient of the split", "ε of one round", "planned rounds", "with spare rounds", "ε_solo", box=None
         )
+        for split, values in found["splits"].items():
+            table.add_row(split, *(up(value) for value in values.values()))
+        console.print(table)
+        console.print(f"claimed: {claim_in_words(found['claim'], found['claim']['unit'])}")
     else:
         console.print("[bold red]mechanism none: no single patient is protected; only the sum's masking is[/]")
     sizes = ", ".join(f"{kind} {_size(value)}" for kind, value in found["upload_bytes"].items())
@@ -205,6 +212,11 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         f"each hospital, each round: up {sizes} ({found['upload_against_plain_float32']:.3f} of plain float32), down "
         f"{_size(found['download_bytes'])}"
     )
+    if found["largest_batch"] is not None:
+        console.print(
+            f"up to {found['largest_batch']} patients of a hospital in one step surely never meet the data bound; more "
+            "are as private, their sum is cut off at it"
+        )
     if found["largest_split"] is not None:
         console.print(f"a validation or test split may hold {found['largest_split']} patients")
 

@@ -6,8 +6,9 @@ nobody holds back other evidence, or what a sum of masks hides.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,8 @@ import typer
 from rich.console import Console
 
 from services.aggregator.conclude import released_figures
-from services.aggregator.strategy import STRATEGIES, rewrite
+from services.aggregator.modelfile import BLOCK, read_scalars, rewrite
+from services.aggregator.strategy import server_step
 from services.aggregator.tally import class_blocks
 from services.cli.run import Round, Run, check_sums, load_run
 from services.common.documents.charter import load_signatures
@@ -67,17 +69,27 @@ def verify(
 
 @dataclass
 class _Chain:
-    """Where the lineage stands: the newest result, the model that the next round starts from, all known models."""
+    """Where the lineage stands: the newest result, the model that the next round starts from, all known models.
+
+    `kept` holds, in `scratch`, what the server kept beside each model for its next step, made again from the sums.
+    """
 
     result: bytes
     model: bytes
     models: dict[bytes, Path]
     reached: set[bytes]
+    scratch: Path
+    kept: dict[bytes, Path] = field(default_factory=dict)
     signatures: int = 0
 
 
 def verify_run(folder: Path, say: Say = lambda _: None) -> int:
     """Check everything; how many signatures verified. Raises the first fault as ServiceError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _verify(folder, Path(scratch), say)
+
+
+def _verify(folder: Path, scratch: Path, say: Say) -> int:
     say(f"{check_sums(folder / 'evidence')} files as collected")
     run = load_run(folder)
     signatures = run.aggregator / "charter.signatures.yaml"
@@ -87,7 +99,7 @@ def verify_run(folder: Path, say: Say = lambda _: None) -> int:
     check_study(run.charter, run.study)
     models = {_sha256(path): path for path in sorted((run.aggregator / "models").glob("*.safetensors"))}
     initial = bytes.fromhex(run.study.document.model.initial)
-    chain = _Chain(ZERO_DIGEST, initial, models, {initial})
+    chain = _Chain(ZERO_DIGEST, initial, models, {initial}, scratch)
     _need(initial in models, "the initial model of the study is not among the models")
     for one in run.rounds:
         name = f"round {one.number}"
@@ -224,15 +236,26 @@ def _check_sum(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _C
         _need(result.model in chain.models, "it rolls back to an unknown model")
         return
     if "parameter" in {lane.name for lane in table.lanes}:
-        server, lane = run.study.document.server, table.lane_class("parameter")
-        step = STRATEGIES[server.strategy](server.learning_rate, len(cohort.members), lane.fraction_bits)
-        made = hashlib.sha256()
-        for block in rewrite(chain.models[chain.model], lane.values, class_blocks(table, "parameter", path), step):
-            made.update(block)
-        _need(made.digest() == result.model, "the next model is not the last one plus the mean of the sum")
-        _need(result.model in chain.models, "the next model is not among the models")
+        _check_step(run, one, table, cohort, chain)
     else:
         _need(result.model == chain.model, "a round without parameters changed the model")
+
+
+def _check_step(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _Chain) -> None:
+    """The next model is what the study's server step makes of the last one, what was kept beside it, and the sum."""
+    result, lane, before = one.result, table.lane_class("parameter"), chain.kept.get(chain.model)
+    members, study = len(cohort.members), run.study.document
+    step = server_step(study, one.number, members, lane.fraction_bits, read_scalars(before))
+    sums = class_blocks(table, "parameter", one.folder / "sum.bin", BLOCK)
+    made, after = hashlib.sha256(), chain.scratch / f"{one.number}"
+    with after.open("wb") as kept:
+        for numbers, slots in rewrite(chain.models[chain.model], before, lane.values, sums, step):
+            made.update(numbers)
+            kept.write(slots)
+    _need(made.digest() == result.model, "the next model is not the server's step from the last one by the sum")
+    _need(result.model in chain.models, "the next model is not among the models")
+    if step.slots:
+        chain.kept[result.model] = after
 
 
 def _check_sites(run: Run) -> None:

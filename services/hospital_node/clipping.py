@@ -2,7 +2,7 @@
 
 Per-sample gradients come from Opacus's GradSampleModule (hooks: it survives what functorch does not); mean over a
 patient's rows, finite check, clip and sum are ours, the last three in float64. No noise here: the caller adds
-integer noise to `integer_sum`. Dangers: 0 · inf is NaN, so a non-finite gradient is replaced BEFORE the clip; and
+integer noise to `noise.integer_sum`. Dangers: 0 · inf is NaN, so a non-finite gradient is replaced BEFORE the clip; and
 float32 results move in the last bits with a batch's shape, so every forward pass has the same shape (the 2⁻¹⁰ of
 `noise.sensitivity_rint` covers the rest).
 """
@@ -17,6 +17,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional
 
+from services.common.dp.clip import Clip
 from services.common.errors import Reason, ServiceError
 
 # Opacus asks for gradients of outputs only, which is what it needs: torch's warning is for those who want inputs'.
@@ -29,14 +30,16 @@ def clipped_sum(
     module: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    clip: float,
+    clip: Clip,
     micro_batch: int = 32,
     count_non_finite: Callable[[int], None] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Σ over patients of clip_C(mean over K rows of ∇ cross-entropy), float64 (d,): trainable parameters, names sorted.
+    """Σ over patients of clip(mean over K rows of ∇ cross-entropy), float64 (d,): trainable parameters, names sorted.
 
     images [patients, K, C, H, W] (or [patients, K, features] for a head), labels int64 [patients] or [patients, K],
-    all on the module's device; `micro_batch` patients a forward pass. A patient whose gradient is not finite counts
+    all on the module's device; `micro_batch` patients a forward pass; `weights` (classes) multiply the loss of a row by
+    its class, before the clip. A patient whose gradient is not finite counts
     as zero; `count_non_finite` is told how many there were, for the site's own eyes only. No patients: zeros. The
     module's mode, gradients and hooks are left as found.
 
@@ -67,7 +70,7 @@ def clipped_sum(
         for start in range(0, len(images), micro_batch):
             rows, present = _fill(images[start : start + micro_batch], micro_batch)
             truth, _ = _fill(labels[start : start + micro_batch], micro_batch)
-            gradients = _patient_gradients(wrapped, parameters, names, rows, truth)
+            gradients = _patient_gradients(wrapped, parameters, names, rows, truth, weights)
             gradients = [gradient[:present] for gradient in gradients]
             factors, finite = _factors(gradients, clip)
             refused += present - int(finite.sum())
@@ -82,21 +85,6 @@ def clipped_sum(
     if count_non_finite is not None:
         count_non_finite(refused)
     return total.cpu().numpy()
-
-
-def integer_sum(total: npt.NDArray[np.float64], scale_bits: int, bound: float | None = None) -> npt.NDArray[np.int64]:
-    """rint(2**scale_bits · total), int64 (d,); projected coordinate-wise onto ±`bound` (integer units) before rint.
-
-    A projection onto a box is 1-Lipschitz, so Δ₂ stays. Raises NOT_FINITE: after `clipped_sum` that is a bug.
-    """
-    scaled = np.ldexp(total, scale_bits)
-    if not np.isfinite(scaled).all():
-        raise ServiceError(
-            Reason.NOT_FINITE, "a clipped sum is not finite: this is a fault of the node, stop the study"
-        )
-    if bound is not None:
-        scaled = np.clip(scaled, -bound, bound)
-    return np.rint(scaled).astype(np.int64)
 
 
 def _wrap(module: nn.Module) -> GradSampleModule:
@@ -126,12 +114,14 @@ def _patient_gradients(
     names: list[str],
     rows: torch.Tensor,
     truth: torch.Tensor,
+    weights: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """For each name the mean gradient over a patient's K rows, (patients, numel)."""
     patients, count = rows.shape[:2]
     wrapped.zero_grad(set_to_none=True)
     with torch.enable_grad():
-        loss = functional.cross_entropy(wrapped(rows.flatten(0, 1)), truth.flatten(), reduction="sum")
+        scores = wrapped(rows.flatten(0, 1))
+        loss = functional.cross_entropy(scores, truth.flatten(), weight=weights, reduction="sum")
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     found = []
     for name in names:
@@ -146,10 +136,10 @@ def _patient_gradients(
     return found
 
 
-def _factors(gradients: list[torch.Tensor], clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(1, C/norm) of each patient over ALL parameters, float64 (patients,), 0 where not finite; and which are.
+def _factors(gradients: list[torch.Tensor], clip: Clip) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clip's factor of each patient over ALL parameters, float64 (patients,), 0 where not finite; and which are.
 
-    Squares are taken in float64, where no float32 overflows. The factor is rounded down, so the norm stays ≤ C.
+    Squares are taken in float64, where no float32 overflows.
     """
     squares = torch.zeros(len(gradients[0]), dtype=torch.float64, device=gradients[0].device)
     for gradient in gradients:
@@ -157,9 +147,7 @@ def _factors(gradients: list[torch.Tensor], clip: float) -> tuple[torch.Tensor, 
         for start in range(0, len(gradient), step):
             squares[start : start + step] += gradient[start : start + step].double().square().sum(dim=1)
     norms = squares.sqrt()
-    finite = norms.isfinite()
-    factors = torch.where(norms > clip, clip / norms * (1 - 2**-40), torch.ones_like(norms))
-    return torch.where(finite, factors, torch.zeros_like(factors)), finite
+    return torch.from_numpy(clip.factors(norms.cpu().numpy())).to(norms.device), norms.isfinite()
 
 
 def _add(total: torch.Tensor, gradient: torch.Tensor, factors: torch.Tensor, finite: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from services.common.documents.study import Study
 from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset, Split
-from services.hospital_node.inputs import open_inputs
+from services.hospital_node.inputs import Inputs, open_inputs
 from services.hospital_node.models import load_vector
 from services.hospital_node.training import Compute, open_device
 
@@ -32,10 +32,11 @@ def evaluate(
     split: Split,
     study: Study,
     compute: Compute = _DEFAULT,
+    inputs: Inputs | None = None,
 ) -> Counts:
     """Counts of the model `vector` (d) on a split; never sent without noise or mask. Raises INVALID_DATA."""
     fold = dataset.fold(split)
-    probabilities = patient_probabilities(vector, dataset, split, study, compute)
+    probabilities = patient_probabilities(vector, dataset, split, study, compute, inputs)
     return count(probabilities, fold.labels, study.evaluation.histogram_bins)
 
 
@@ -45,20 +46,21 @@ def patient_probabilities(
     split: Split,
     study: Study,
     compute: Compute = _DEFAULT,
+    inputs: Inputs | None = None,
 ) -> NDArray[np.float64]:
     """(patients, classes): the mean over the images with which a patient votes. Stays at the site."""
     device = open_device(compute)
     module = build(study.model)
     load_vector(module, vector)
     module.to(device).eval()
-    inputs = open_inputs(dataset, study.model, device, compute.backbones)
+    opened = inputs or open_inputs(dataset, study.model, device, compute.backbones)
     fold, step = dataset.fold(split), study.training.micro_batch
     out = np.zeros((len(fold), len(dataset.classes)), np.float64)
     owner = np.repeat(np.arange(len(fold)), [votes.size for votes in fold.votes])
     images = np.concatenate(fold.votes) if len(fold) else np.empty(0, np.int64)
     with torch.inference_mode():
         for start in range(0, images.size, step):
-            scores = module(inputs.batch(images[start : start + step]))
+            scores = module(opened.batch(images[start : start + step]))
             shares = torch.softmax(scores.double(), dim=1).cpu().numpy()
             np.add.at(out, owner[start : start + step], shares)
     sizes = np.array([votes.size for votes in fold.votes], np.float64)

@@ -1,4 +1,4 @@
-"""The gradient of one step: clipped, summed and noised by patient (`local`), or plain (`none`).
+"""The gradient of one step: clipped and summed by patient (`shared`), and noised (`local`), or plain (`none`).
 
 Which patients, which image of each, how it is turned, and the noise: all from fresh keys of the operating system
 (privacy.md §4). torch's and numpy's generators decide nothing here.
@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from services.common.documents.costs import training_noise
 from services.common.documents.study import Study
+from services.common.dp.clip import Clip
 from services.common.dp.keystream import words
-from services.common.dp.noise import DiscreteGaussian, sensitivity_rint, share_scale
+from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.dp.sampling import choose_one, poisson_sample
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import metrics
-from services.hospital_node.clipping import clipped_sum, integer_sum
+from services.hospital_node.clipping import clipped_sum
 from services.hospital_node.dataset import Dataset, Fold
-from services.hospital_node.inputs import TURNS, Inputs
-from services.hospital_node.models import layout, size, trainable
+from services.hospital_node.head import clipped_head_sum, gather
+from services.hospital_node.inputs import TURNS, FeatureInputs, Inputs
+from services.hospital_node.models import layout, size, trainable, trainable_vector
 
 Keys = Callable[[], bytes]
 Gradient = Callable[[], tuple[NDArray[np.float64], int]]
+"""Gives d numbers, and how many rows they took, which is for this site's eyes only."""
 
 _BLOCK = 8  # micro-batches that are on the device at once
 
@@ -54,24 +58,35 @@ class _Adjusted(nn.Module):
 
 
 def gradients(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> tuple[Gradient, int]:
-    """How this study takes a gradient of `module` on the training patients, and how many steps a round has.
+    """How this study takes the gradient of a hospital's own step, and how many steps a round has.
 
-    Each call gives the gradient of the mean loss (d) float64, and the rows it took (for this site's eyes only).
-    Raises INVALID_DOCUMENT for a mechanism or augmentation that cannot be trained here.
+    Each call gives the gradient of the mean loss (d) float64 on the training patients. Raises INVALID_DOCUMENT for a
+    mechanism without own steps, or augmentations that cannot be had.
     """
-    adjusted = adjusted_scores(module, study)
+    if study.privacy.mechanism == "local":
+        return _private(module, inputs, dataset, study, keys), study.privacy.steps_per_round
+    if study.privacy.mechanism == "none":
+        return _plain(adjusted_scores(module, study), inputs, dataset, study, keys), study.training.local_steps
+    raise ServiceError(
+        Reason.INVALID_DOCUMENT,
+        f"under privacy.mechanism {study.privacy.mechanism} a hospital takes no steps of its own: ask for clipped sums",
+    )
+
+
+def clipped_sums(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
+    """This hospital's part of one step: each call samples anew and gives the sum of clipped gradients (d) float64.
+
+    WITHOUT noise: whoever calls this adds it before a byte of the sum is stored or sent. A patient whose gradient is
+    not finite counts as zero. With q = 1 a patient's gradient is the mean over all its images, else that of one,
+    uniform and secret. Raises INVALID_DOCUMENT for augmentations that cannot be had.
+    """
     if not inputs.augmentable and study.training.augmentations > 1:
         raise ServiceError(
             Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
         )
-    if study.privacy.mechanism == "local":
-        return _private(adjusted, inputs, dataset, study, keys), study.privacy.steps_per_round
-    if study.privacy.mechanism == "none":
-        return _plain(adjusted, inputs, dataset, study, keys), study.training.local_steps
-    raise ServiceError(
-        Reason.INVALID_DOCUMENT,
-        f"privacy.mechanism {study.privacy.mechanism} is not trained by this version: choose local, or none",
-    )
+    if isinstance(module, nn.Linear) and isinstance(inputs, FeatureInputs):
+        return _of_head(module, inputs, dataset, study, keys)
+    return _of_module(adjusted_scores(module, study), inputs, dataset, study, keys)
 
 
 def adjusted_scores(module: nn.Module, study: Study) -> nn.Module:
@@ -86,38 +101,75 @@ def shuffled(key: bytes, count: int) -> NDArray[np.int64]:
 
 
 def _private(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
-    """DP-SGD: also a step that sampled nobody has noise, and the divisor is the study's, never the batch's size.
-
-    With q = 1 a patient's gradient is the mean over all its images, else that of one, uniform and secret.
-    """
-    fold, privacy, micro_batch = dataset.fold("train"), study.privacy, study.training.micro_batch
-    parameters = size(layout(module))
-    sensitivity = sensitivity_rint(privacy.scale_bits, privacy.clip, parameters)
-    noise = DiscreteGaussian(share_scale(privacy.noise_multiplier, sensitivity, 1, 0))
-    device = next(module.parameters()).device
+    """DP-SGD: also a step that sampled nobody has noise, and the divisor is the study's, never the batch's size."""
+    privacy, sums = study.privacy, clipped_sums(module, inputs, dataset, study, keys)
+    noise = discrete_gaussian(training_noise(study).scale)
 
     def gradient() -> tuple[NDArray[np.float64], int]:
+        total, seen = sums()
+        # One rounding of the whole sum: Δ₂ counts √d once. The noise comes after it, in integers.
+        noised = integer_sum(total, privacy.scale_bits) + noise.draw(keys(), total.size)
+        return noised / 2.0**privacy.scale_bits / privacy.expected_batch, seen
+
+    return gradient
+
+
+def _of_module(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
+    fold, training = dataset.fold("train"), study.training
+    parameters, device = size(layout(module)), next(module.parameters()).device
+    weights = torch.tensor(training.class_weights, device=device) if training.class_weights else None
+
+    def total() -> tuple[NDArray[np.float64], int]:
         total, seen = np.zeros(parameters, np.float64), 0
-        for rows in _draw(fold, study, inputs, keys, poisson_sample(keys(), len(fold), privacy.sampling_rate)):
-            at_once = max(1, micro_batch * study.training.augmentations // rows.images.shape[1])
+        for rows in _draw(fold, study, inputs, keys, poisson_sample(keys(), len(fold), study.privacy.sampling_rate)):
+            at_once = max(1, training.micro_batch * training.augmentations // rows.images.shape[1])
             for images, labels in _tensors(rows, dataset, inputs, at_once * _BLOCK, device):
                 began = time.perf_counter()
-                total += clipped_sum(module, images, labels, privacy.clip, at_once)
+                total += clipped_sum(module, images, labels, _clip(study), at_once, weights=weights)
                 # Every pass has `at_once` places, filled or not: how many were drawn is not to be told.
                 places = -(-images.shape[0] // at_once) * at_once * images.shape[1]
                 metrics.computed(places, time.perf_counter() - began)
                 seen += labels.numel()
-        # One rounding of the whole sum: Δ₂ counts √d once. The noise comes after it, in integers.
-        noised = integer_sum(total, privacy.scale_bits) + noise.draw(keys(), parameters)
-        return noised / 2.0**privacy.scale_bits / privacy.expected_batch, seen
+        return total, seen
 
-    return gradient
+    return total
+
+
+def _of_head(module: nn.Linear, inputs: FeatureInputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
+    """In closed form: float64, and no per-sample gradient is built; what q = 1 needs is gathered once and kept."""
+    fold, training, classes = dataset.fold("train"), study.training, len(study.model.classes)
+    shift = np.log(training.class_frequencies) if training.class_frequencies else np.zeros(classes)
+    weights = np.array(training.class_weights or (1.0,) * classes)
+
+    def total() -> tuple[NDArray[np.float64], int]:
+        chosen = poisson_sample(keys(), len(fold), study.privacy.sampling_rate)
+        if study.privacy.sampling_rate == 1:
+            groups = inputs.whole("train", fold.images, dataset.labels)
+        else:
+            picked = [fold.images[patient] for patient in chosen]
+            picks = choose_one(keys(), [images.size for images in picked])
+            one = [images[i : i + 1] for images, i in zip(picked, picks, strict=True)]
+            groups = gather(inputs.features, dataset.labels, one)
+        vector, began = trainable_vector(module).astype(np.float64), time.perf_counter()
+        found = clipped_head_sum(vector, groups, _clip(study), shift, weights)
+        seen = sum(rows.labels.size for rows in groups)
+        if study.privacy.sampling_rate == 1:  # else the time would tell how many were drawn
+            metrics.computed(seen, time.perf_counter() - began)
+        return found, seen
+
+    return total
+
+
+def _clip(study: Study) -> Clip:
+    privacy = study.privacy
+    return Clip(privacy.clip, privacy.stability if privacy.clipping == "automatic" else None)
 
 
 def _plain(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
     """Minibatch SGD: patients in a random order, a new one when all were seen; one random image of each."""
     fold, training = dataset.fold("train"), study.training
     device = next(module.parameters()).device
+    weights = torch.tensor(training.class_weights, device=device) if training.class_weights else None
     waiting = np.empty(0, np.int64)
 
     def gradient() -> tuple[NDArray[np.float64], int]:
@@ -130,7 +182,8 @@ def _plain(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study, ke
         began = time.perf_counter()
         for rows in _draw(fold, study, inputs, keys, chosen):
             for images, labels in _tensors(rows, dataset, inputs, training.micro_batch, device):
-                loss = functional.cross_entropy(module(images.flatten(0, 1)), labels.flatten(), reduction="sum")
+                scores = module(images.flatten(0, 1))
+                loss = functional.cross_entropy(scores, labels.flatten(), weight=weights, reduction="sum")
                 (loss / rows.images.size).backward()  # type: ignore[no-untyped-call]  # torch has no types here
                 seen += labels.numel()
         metrics.computed(seen, time.perf_counter() - began)
@@ -145,7 +198,7 @@ def _draw(fold: Fold, study: Study, inputs: Inputs, keys: Keys, chosen: NDArray[
     if not chosen.size:
         return
     counts = np.array([fold.images[patient].size for patient in chosen], np.int64)
-    if study.privacy.mechanism == "local" and study.privacy.sampling_rate == 1:
+    if study.privacy.mechanism != "none" and study.privacy.sampling_rate == 1:
         groups = [
             np.stack([fold.images[patient] for patient in chosen[counts == count]]) for count in np.unique(counts)
         ]

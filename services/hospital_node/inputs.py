@@ -5,7 +5,7 @@ Every number depends on one image only (no mean over the data set), so nothing h
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,8 @@ from services.common.documents.study import BackboneSection, ModelSection
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import storing
 from services.hospital_node.backbones import BACKBONES, load_backbone
-from services.hospital_node.dataset import Dataset
+from services.hospital_node.dataset import Dataset, Split
+from services.hospital_node.head import Rows, gather
 
 # Mean and spread of skin photographs as the dermoscopy literature prints them: public constants. Taking them from
 # the site's own images would cost privacy (privacy.md §5).
@@ -71,7 +72,15 @@ class FeatureInputs:
     augmentable = False
 
     def __init__(self, features: NDArray[np.float32], device: torch.device) -> None:
+        self.features = features
         self._features = torch.from_numpy(features).to(device)
+        self._whole: dict[str, tuple[Rows, ...]] = {}
+
+    def whole(self, split: Split, patients: Sequence[NDArray[np.int64]], labels: NDArray[np.int64]) -> tuple[Rows, ...]:
+        """All rows of a split's patients, gathered once: they never change while this object lives."""
+        if split not in self._whole:
+            self._whole[split] = gather(self.features, labels, patients)
+        return self._whole[split]
 
     def batch(self, images: NDArray[np.int64], turns: NDArray[np.int64] | None = None) -> Tensor:
         """(n, features) float32 on the device. Raises INVALID_DOCUMENT when asked to turn an image."""

@@ -39,7 +39,10 @@ class Trainer(Protocol):
     def train(
         self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
     ) -> npt.NDArray[np.float64] | None:
-        """Trained minus start weights (d), or None when stopped; resumes from its own checkpoint."""
+        """Trained minus start weights (d), or None when stopped; resumes from its own checkpoint.
+
+        Under `shared`: the sum of clipped patient gradients (d) of one fresh sample, WITHOUT noise, never stored.
+        """
         ...
 
     def evaluate(self, study: LoadedStudy, model: Path, split: Split) -> Counts:

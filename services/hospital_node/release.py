@@ -1,8 +1,9 @@
 """What one round releases of the data set: its lanes, their noise, and the debits that pay for them.
 
-Order (privacy.md §3): per-patient clip and noise happen in training; here update → clip → round, and exact counts
-→ power-of-two scale → discrete Gaussian noise. Dangers: a count without noise under `local`, or a debit that does
-not cover a lane, is a leak; so lanes and debits are made side by side from the same lane table.
+Order (privacy.md §3): per-patient clip happens in training, under `local` the noise too; here update → clip → round.
+Under `shared`: clipped sum → scale → projection onto the data bound → rint → discrete Gaussian share, and nothing is
+clipped or checked after it. Exact counts → power-of-two scale → discrete Gaussian noise. Dangers: a count without
+noise, or a debit that does not cover a lane, is a leak; so lanes and debits are made side by side from one lane table.
 Not here: masking (submission.py), when a debit is due (participate.py), the table itself (documents.shape).
 """
 
@@ -18,7 +19,7 @@ from services.common.documents.costs import Noise, final_noise, gate_noise, spar
 from services.common.documents.policy import LoadedPolicy
 from services.common.documents.shape import RoundShape, round_shape, total_rounds
 from services.common.documents.study import LoadedStudy, Study
-from services.common.dp.noise import DiscreteGaussian
+from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import LaneTable, clip_update, encode_vector, quantise
 from services.common.secagg.messages import LaneClass
@@ -27,7 +28,7 @@ from services.hospital_node.events import Debit, Joined, Planned
 I64 = npt.NDArray[np.int64]
 Keys = Callable[[], bytes]
 """Gives 32 fresh bytes of the operating system's generator at every call (P-8)."""
-_NO_NOISE = Noise(0, 0.0, 0, 0.0)
+_NO_NOISE = Noise(0, 0.0, 0, 0.0, 0.0)
 
 
 class Counts(Protocol):
@@ -60,24 +61,27 @@ def split_of(name: str) -> str:
 
 
 def encode_round(study: Study, shape: RoundShape, update: object, counts: Counts | None, keys: Keys) -> bytearray:
-    """x: the packed vector of this round. `update` is trained minus start weights (d floats) in a training round.
+    """x: the packed vector of this round. `update` is what `Trainer.train` gave (d floats) in a training round.
 
-    Raises NOT_FINITE for a failed training and OUT_OF_BOUND for a count beyond its lane: nothing is sent then.
+    Raises NOT_FINITE for a failed training and OUT_OF_BOUND for a count beyond its lane: nothing is sent then. Under
+    `shared` neither can happen: what is not finite counts as zero, what is beyond a lane's data bound is projected.
     """
-    table, noises = shape.table, lane_noises(study, shape)
+    table, noises, shared = shape.table, lane_noises(study, shape), study.privacy.mechanism == "shared"
     names = {lane.name for lane in table.lanes}
     values: dict[str, I64] = {"weight": np.ones(1, np.int64)}
     if "parameter" in names:
-        values["parameter"] = _update_lanes(study, table, np.asarray(update), keys)
+        lanes = _gradient_lanes if shared else _update_lanes
+        values["parameter"] = lanes(study, table, np.asarray(update), keys)
     if "gate" in names:
         exact = np.concatenate([_need(counts).hits, _need(counts).totals])
-        values["gate"] = _count_lanes(table.lane_class("gate"), exact, noises.get("gate"), keys)
+        values["gate"] = _count_lanes(table.lane_class("gate"), exact, noises.get("gate"), keys, project=shared)
     for name in ("confusion", "histogram"):
         if name in names:
             exact = np.ravel(getattr(_need(counts), name))
-            values[name] = _count_lanes(table.lane_class(name), exact, noises.get(name), keys)
-    # Noise is within the bounds of the table (data bound + 12 S): a value beyond them is a bug, never wrapped.
-    return encode_vector(table, values)
+            values[name] = _count_lanes(table.lane_class(name), exact, noises.get(name), keys, project=shared)
+    # Noise is within the bounds of the table (data bound + 12 S): under `local` a value beyond them is a bug, never
+    # wrapped; under `shared` nothing is looked at after the noise.
+    return encode_vector(table, values, noised=shared)
 
 
 def round_debits(
@@ -172,11 +176,7 @@ def lane_noises(study: Study, shape: RoundShape) -> dict[str, Noise]:
 
 
 def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> I64:
-    lane = table.lane_class("parameter")
-    if update.shape != (lane.values,):
-        raise ServiceError(
-            Reason.INVALID_DATA, f"the update has shape {update.shape}, the study says {lane.values} parameters"
-        )
+    lane = _parameters(table, update)
     encoding = study.encoding
     clipped = clip_update(update, encoding.update_clip, encoding.update_bound)
     # protocol.md §6: unbiased stochastic rounding for codes of at most 16 bits without DP noise, else to the nearest.
@@ -184,12 +184,34 @@ def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floatin
     return quantise(clipped, lane.fraction_bits, keys() if stochastic else None)
 
 
-def _count_lanes(lane: LaneClass, exact: I64, noise: Noise | None, keys: Keys) -> I64:
-    """Counts at the lane's power-of-two scale, with the hospital's own noise under `local`, exact under `none`."""
+def _gradient_lanes(study: Study, table: LaneTable, total: npt.NDArray[np.floating], keys: Keys) -> I64:
+    """`shared`: scale → projection onto the data bound, the same at all hospitals → rint → this hospital's share."""
+    lane, noise = _parameters(table, total), training_noise(study)
+    exact = integer_sum(total.astype(np.float64, copy=False), lane.fraction_bits, noise.room(lane.bound))
+    return exact + discrete_gaussian(noise.scale).draw(keys(), lane.values)
+
+
+def _parameters(table: LaneTable, update: npt.NDArray[np.floating]) -> LaneClass:
+    lane = table.lane_class("parameter")
+    if update.shape != (lane.values,):
+        raise ServiceError(
+            Reason.INVALID_DATA, f"the update has shape {update.shape}, the study says {lane.values} parameters"
+        )
+    return lane
+
+
+def _count_lanes(lane: LaneClass, exact: I64, noise: Noise | None, keys: Keys, *, project: bool) -> I64:
+    """Counts at the lane's power-of-two scale, with this hospital's noise, exact under `none`.
+
+    `project`: onto what the lane's bound leaves beside the noise, coordinate by coordinate (Δ₂ unchanged).
+    """
     scaled = exact.astype(np.int64) * np.int64(2**lane.fraction_bits)
     if noise is None:
         return scaled
-    return scaled + DiscreteGaussian(noise.scale).draw(keys(), len(scaled))
+    if project:
+        room = noise.room(lane.bound)
+        scaled = np.clip(scaled, -room, room)
+    return scaled + discrete_gaussian(noise.scale).draw(keys(), len(scaled))
 
 
 def _need(counts: Counts | None) -> Counts:

@@ -12,9 +12,18 @@ from services.common.documents.study import LoadedStudy
 from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset, Split, load_dataset
 from services.hospital_node.evaluation import evaluate
+from services.hospital_node.inputs import Inputs
 from services.hospital_node.models import layout, read_model_file
 from services.hospital_node.release import Counts
-from services.hospital_node.training import Compute, Task, discard_progress, prepare, show_gpu, train_round
+from services.hospital_node.training import (
+    Compute,
+    Task,
+    clipped_gradient_sum,
+    discard_progress,
+    prepare,
+    show_gpu,
+    train_round,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -27,29 +36,35 @@ class SiteTrainer:
         self._state = state
         self._progress = state / "progress"
         self._compute = compute
-        self._dataset: tuple[bytes, Dataset] | None = None
+        self._opened: tuple[bytes, Dataset, Inputs] | None = None
 
     def train(
         self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
     ) -> npt.NDArray[np.float64] | None:
-        """Trained minus start weights (d); None when stopped. Raises NOT_FINITE, INVALID_DATA, STORAGE."""
+        """As the port says; None when stopped. Raises NOT_FINITE, INVALID_DATA, STORAGE."""
+        dataset, inputs = self._open(study, should_stop)
+        if study.document.privacy.mechanism == "shared":
+            return clipped_gradient_sum(
+                self._vector(study, model), dataset, study.document, keys=_keys, compute=self._compute, inputs=inputs
+            )
         result = train_round(
             self._vector(study, model),
-            self._open(study, should_stop),
+            dataset,
             study.document,
             Task(study.digest, round_number, model_digest),
             progress=self._progress,
-            keys=lambda: secrets.token_bytes(32),
+            keys=_keys,
             should_stop=should_stop,
             compute=self._compute,
+            inputs=inputs,
         )
         show_gpu(self._compute)
         return None if result is None else result.delta
 
     def evaluate(self, study: LoadedStudy, model: Path, split: Split) -> Counts:
         """Exact counts over one split. Raises INVALID_DATA."""
-        dataset = self._open(study, lambda: False)
-        return evaluate(self._vector(study, model), dataset, split, study.document, self._compute)
+        dataset, inputs = self._open(study, lambda: False)
+        return evaluate(self._vector(study, model), dataset, split, study.document, self._compute, inputs)
 
     def forget(self) -> None:
         """Drop the checkpoint of the round."""
@@ -58,12 +73,19 @@ class SiteTrainer:
     def _vector(self, study: LoadedStudy, model: Path) -> npt.NDArray[np.float32]:
         return read_model_file(model, layout(build(study.document.model)))
 
-    def _open(self, study: LoadedStudy, should_stop: Callable[[], bool]) -> Dataset:
+    def _open(self, study: LoadedStudy, should_stop: Callable[[], bool]) -> tuple[Dataset, Inputs]:
         """The data set as this study sees it; every image is decoded once, before anything of a round is timed."""
-        if self._dataset is None or self._dataset[0] != study.digest:
+        if self._opened is None or self._opened[0] != study.digest:
             section = study.document.model
             dataset = load_dataset(self._data, section.classes, section.image_size, self._state)
-            prepare(dataset, study.document, self._compute, should_stop)
-            self._dataset = (study.digest, dataset)
+            inputs = prepare(dataset, study.document, self._compute, should_stop)
+            if should_stop():
+                return dataset, inputs  # perhaps not whole: opened again for the next round
+            self._opened = (study.digest, dataset, inputs)
             _log.info("the data set is open; its unit is the %s", dataset.unit)
-        return self._dataset[1]
+        return self._opened[1:]
+
+
+def _keys() -> bytes:
+    """32 fresh bytes of the operating system (P-8)."""
+    return secrets.token_bytes(32)

@@ -1,4 +1,5 @@
-"""Local training of one round: DP-SGD by patient (`local`) or plain SGD (`none`), resumable at any step.
+"""Training of one round at a site: own steps by DP-SGD (`local`) or plain SGD (`none`), resumable at any step; or the
+site's part of one global step (`shared`), which the caller noises before anything of it is stored or sent.
 
 Under `local` a step is: a Poisson sample of patients → clipped sum in integers → discrete Gaussian noise → divided
 by a constant → SGD. Sample, choice of image, turns and noise come from fresh keys of the operating system; no torch
@@ -17,6 +18,7 @@ import safetensors
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save as safetensors_bytes
+from torch import nn
 
 from services.common.documents.study import Study
 from services.common.errors import Reason, ServiceError
@@ -24,8 +26,8 @@ from services.common.store.durable import replace_file, sync_folder
 from services.hospital_node import metrics
 from services.hospital_node.architectures import build
 from services.hospital_node.dataset import Dataset
-from services.hospital_node.gradients import gradients
-from services.hospital_node.inputs import open_inputs
+from services.hospital_node.gradients import clipped_sums, gradients
+from services.hospital_node.inputs import Inputs, open_inputs
 from services.hospital_node.models import load_vector
 
 _CHECKPOINTS = 10  # in a round; a crash loses at most a tenth of it
@@ -97,7 +99,9 @@ def show_gpu(compute: Compute) -> None:
         )
 
 
-def prepare(dataset: Dataset, study: Study, compute: Compute, should_stop: Callable[[], bool] = lambda: False) -> None:
+def prepare(
+    dataset: Dataset, study: Study, compute: Compute, should_stop: Callable[[], bool] = lambda: False
+) -> Inputs:
     """Decode every image once, and compute features that are not cached yet, before any round. Raises INVALID_DATA.
 
     Afterwards the time of a round does not depend on a first decode, and no bad file can end one.
@@ -105,6 +109,7 @@ def prepare(dataset: Dataset, study: Study, compute: Compute, should_stop: Calla
     inputs = open_inputs(dataset, study.model, open_device(compute), compute.backbones, should_stop)
     if inputs.augmentable:
         dataset.check_images(should_stop=should_stop)
+    return inputs
 
 
 def train_round(
@@ -117,18 +122,20 @@ def train_round(
     keys: Callable[[], bytes],
     should_stop: Callable[[], bool],
     compute: Compute = _DEFAULT,
+    inputs: Inputs | None = None,
 ) -> TrainResult | None:
     """Train from `vector` (d); resumes from the folder `progress`. None when `should_stop()` said so between steps.
+
+    `inputs` of this study, where the caller keeps them open between rounds.
 
     `keys()` gives a fresh 32-byte key of the operating system at every call. Raises NOT_FINITE (a failed training:
     nothing is submitted), INVALID_DATA, INVALID_DOCUMENT, STORAGE.
     """
-    device = open_device(compute)
-    module = build(study.model)
-    load_vector(module, vector)
-    module.to(device).train()
-    inputs = open_inputs(dataset, study.model, device, compute.backbones, should_stop)
-    gradient_of, steps = gradients(module, inputs, dataset, study, keys)
+    module, opened = _open(vector, dataset, study, compute, inputs)
+    gradient_of, steps = gradients(module, opened, dataset, study, keys)
+    rate = study.training.learning_rate
+    if rate is None:
+        raise ServiceError(Reason.INVALID_DOCUMENT, "training.learning_rate is missing: no step can be taken here")
     start = vector.astype(np.float64)
     state = _resume(progress, task, start.size) or _Progress(start.copy(), np.zeros_like(start))
     every = max(1, steps // _CHECKPOINTS)
@@ -138,13 +145,41 @@ def train_round(
             return None
         load_vector(module, state.weights)
         gradient, images = gradient_of()
-        _descend(state, gradient, study)
+        _descend(state, gradient, rate, study)
         seen += images
         if state.step % every == 0 or state.step == steps:
             _save(progress, task, state)
     seconds = time.monotonic() - began
     _log.info("trained round %d: steps %d to %d in %.1f s", task.round, first, steps, seconds)
     return TrainResult(state.weights - start, steps - first, seconds, seen / seconds if seconds > 0 else 0.0)
+
+
+def clipped_gradient_sum(
+    vector: NDArray[np.float32],
+    dataset: Dataset,
+    study: Study,
+    *,
+    keys: Callable[[], bytes],
+    compute: Compute = _DEFAULT,
+    inputs: Inputs | None = None,
+) -> NDArray[np.float64]:
+    """`shared`: the sum of this site's clipped patient gradients at `vector`, float64 (d), WITHOUT noise.
+
+    One draw of sampling: after a crash it is drawn anew, which spends nothing, since nobody saw the lost one.
+    Raises INVALID_DATA, INVALID_DOCUMENT.
+    """
+    module, opened = _open(vector, dataset, study, compute, inputs)
+    return clipped_sums(module, opened, dataset, study, keys)()[0]
+
+
+def _open(
+    vector: NDArray[np.float32], dataset: Dataset, study: Study, compute: Compute, inputs: Inputs | None
+) -> tuple[nn.Module, Inputs]:
+    device = open_device(compute)
+    module = build(study.model)
+    load_vector(module, vector)
+    module.to(device).train()
+    return module, inputs or open_inputs(dataset, study.model, device, compute.backbones)
 
 
 def discard_progress(progress: Path) -> None:
@@ -155,12 +190,12 @@ def discard_progress(progress: Path) -> None:
         sync_folder(progress)
 
 
-def _descend(state: _Progress, gradient: NDArray[np.float64], study: Study) -> None:
+def _descend(state: _Progress, gradient: NDArray[np.float64], rate: float, study: Study) -> None:
     """One SGD step with momentum; weight decay acts on the weights, which are public, so it costs no privacy."""
     section = study.training
     state.velocity *= section.momentum
     state.velocity += gradient + section.weight_decay * state.weights
-    state.weights -= section.learning_rate * state.velocity
+    state.weights -= rate * state.velocity
     state.step += 1
     if not np.isfinite(state.weights).all():
         raise ServiceError(

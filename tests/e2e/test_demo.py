@@ -40,7 +40,7 @@ def test_round_ends_without_the_killed_ones_and_they_come_back(demo: Path) -> No
 
 def test_passport_names_what_was_spent_and_says_synthetic(demo: Path) -> None:
     content = json.loads((demo / "passport.json").read_text())
-    claimed = content["privacy"]["claimed_epsilon"]
+    claimed = content["privacy"]["claim"]["epsilon"]
     for splits in content["privacy"]["epsilon_by_site_and_split"].values():
         assert 0 < splits["train"] <= claimed
     assert content["privacy"]["unit"] == "patient"

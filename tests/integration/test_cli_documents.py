@@ -252,7 +252,7 @@ def test_a_drafted_study_stands_and_its_cost_is_told(consortium: Path, run: Run)
         run("study", "check", consortium / "study" / "study.yaml", "--charter", consortium / "charter.yaml", "--json")
     )
     assert found["sha256"] == study.digest.hex()
-    assert 7.8 < found["epsilon"] <= found["claimed_epsilon"] == 8.0
+    assert 7.8 < found["epsilon"] <= found["claim"]["epsilon"] == 8.0
     assert set(found["splits"]) == {"train", "validation", "test"}
     assert found["splits"]["train"]["planned"] < found["splits"]["train"]["with_spare_rounds"]
     lanes = 4 + 1 + study.document.model.parameters

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.aggregator.strategy import check_model_file, fedavg, rewrite
+from services.aggregator.modelfile import check_model_file, rewrite
+from services.aggregator.strategy import Scalars, Step, fedavg
 from services.aggregator.tally import SumCheck, class_blocks, class_sums, unmask
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import SENTINEL, LaneTable, encode_vector
@@ -127,7 +128,9 @@ def test_fedavg_moves_by_the_mean_and_copies_the_header(tmp_path: Path) -> None:
     (tmp_path / "v0").write_bytes(model_bytes(1000, 0.5))
     sums = np.arange(1000, dtype=np.int64) - 500
     blocks = iter([sums[:600], sums[600:]])
-    new = b"".join(rewrite(tmp_path / "v0", 1000, blocks, fedavg(0.5, 4, 3)))
+    pairs = list(rewrite(tmp_path / "v0", None, 1000, blocks, Step(0, Scalars(1), 3, fedavg(0.5, 4))))
+    new = b"".join(numbers for numbers, _ in pairs)
+    assert b"".join(kept for _, kept in pairs) == b""
     old = (tmp_path / "v0").read_bytes()
     offset = check_model_file(tmp_path / "v0", 1000)
     assert new[:offset] == old[:offset]
@@ -136,8 +139,9 @@ def test_fedavg_moves_by_the_mean_and_copies_the_header(tmp_path: Path) -> None:
 
 
 def test_a_step_beyond_float32_is_refused() -> None:
+    step = Step(0, Scalars(1), 0, fedavg(1e38, 1))
     with pytest.raises(ServiceError) as caught:
-        fedavg(1e38, 1, 0)(np.array([1e38], np.float32), np.array([100], np.int64))
+        step.run(np.array([1e38], np.float32), np.zeros((0, 1)), np.array([100], np.int64))
     assert caught.value.reason is Reason.NOT_FINITE
 
 

@@ -92,13 +92,15 @@ class World:
         self.address = f"127.0.0.1:{running.server.port}"
         return running
 
-    def spawn(self, **changes: Any) -> Service:
-        """A real process; listens where the first one did."""
+    def spawn(
+        self, module: str = "services.aggregator", variables: dict[str, str] | None = None, **changes: Any
+    ) -> Service:
+        """A real process; listens where the first one did. `module`: what runs in it."""
         if self.address:
             changes["listen"] = self.address
         (self.folder / "state" / "listen.address").unlink(missing_ok=True)
-        environment = {"PYTHONPATH": str(ROOT)}
-        service = Service(CENTRE, "services.aggregator", self.write_config(**changes), self.folder / "log", environment)
+        environment = {"PYTHONPATH": str(ROOT), **(variables or {})}
+        service = Service(CENTRE, module, self.write_config(**changes), self.folder / "log", environment)
         service.start()
         self.address = wait_for_file(self.folder / "state" / "listen.address", service, 60)
         return service
@@ -132,10 +134,11 @@ def make_world(
     parameters: int = 50,
     rounds: int = 2,
     through_round: int | None = None,
+    mechanism: str = "none",
     study: dict[str, Any] | None = None,
     **charter: Any,
 ) -> World:
-    """A centre with mechanism `none`, no wait for training, generous deadlines; `study` sections are merged in."""
+    """A centre with `mechanism`, no wait for training, generous deadlines; `study` sections are merged in."""
     folder.mkdir(parents=True, exist_ok=True)
     documents = make_documents(**charter)
     model = model_bytes(parameters)
@@ -149,7 +152,7 @@ def make_world(
     for key, change in (study or {}).items():
         base = sections.get(key, {})
         sections[key] = {**base, **change} if isinstance(change, dict) else change
-    loaded = make_study("none", **sections)
+    loaded = make_study(mechanism, **sections)
     world = World(folder, documents, loaded, parameters, rounds if through_round is None else through_round)
     (folder / "charter.yaml").write_bytes(documents.charter.blob)
     (folder / "pin.yaml").write_bytes(documents.pin())

@@ -32,6 +32,7 @@ from services.common.secagg.signing import Signer
 
 NOW = 1_795_000_000_000  # Unix ms, November 2026
 CONSORTIUM = "test"
+HOSPITALS = ("alice", "bob", "carol", "dave")
 INITIAL = hashlib.sha256(b"v0").hexdigest()
 
 
@@ -92,7 +93,7 @@ def make_charter(
     pods: int = 4,
     threshold: int = 2,
     quorum: int = 3,
-    hospitals: Sequence[str] = ("alice", "bob", "carol", "dave"),
+    hospitals: Sequence[str] = HOSPITALS,
     *,
     minimum: int = 3,
     maximum: int = 16,
@@ -130,10 +131,9 @@ def make_documents(**options: Any) -> Documents:
 
 def study_fields(mechanism: str = "local") -> dict[str, Any]:
     """A small valid study as plain data, to be changed by a test and turned to bytes with `study_blob`."""
-    local = mechanism == "local"
     privacy: dict[str, Any] = {"mechanism": mechanism}
     evaluation: dict[str, Any] = {"gate_rounds": (2,), "final": True}
-    if local:
+    if mechanism != "none":
         privacy |= {
             "epsilon": 8.0,
             "delta": 1e-5,
@@ -144,6 +144,9 @@ def study_fields(mechanism: str = "local") -> dict[str, Any]:
         evaluation |= {"gate_noise_multiplier": 4.0, "final_noise_multiplier": 4.0}
     else:
         privacy["none_accepted"] = "No single patient is protected by noise in this study."
+    if mechanism == "shared":
+        privacy |= {"patients": dict.fromkeys(HOSPITALS, 100), "expected_batch": 200.0}
+    server = {"strategy": "sgd", "learning_rate": 0.5, "momentum": 0.9} if mechanism == "shared" else {}
     return {
         "wardround": "study/v1",
         "name": "lesions",
@@ -159,8 +162,9 @@ def study_fields(mechanism: str = "local") -> dict[str, Any]:
             "initial": INITIAL,
         },
         "privacy": privacy,
-        "training": {"learning_rate": 0.1},
+        "training": {} if mechanism == "shared" else {"learning_rate": 0.1},
         "evaluation": evaluation,
+        "server": server,
         "cohort": {"minimum": 3, "colluding_hospitals": 1},
         "timing": {"train_seconds": 1.0, "submit_seconds": 10.0, "attempt_seconds": 60.0},
     }

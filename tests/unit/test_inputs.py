@@ -1,6 +1,7 @@
 """Features of a frozen backbone: computed once an image, kept at the site, never trusted blindly."""
 
 import hashlib
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from services.hospital_node.dataset import Dataset
 from services.hospital_node.evaluation import evaluate
 from services.hospital_node.inputs import cached_features
 from services.hospital_node.models import initial_vector
-from services.hospital_node.training import Compute, Task, prepare, train_round
+from services.hospital_node.training import Compute, Task, clipped_gradient_sum, prepare, train_round
 from tests.support.sites import SIZE, small_site, small_study
 
 CPU = torch.device("cpu")
@@ -54,6 +55,30 @@ def test_each_image_is_computed_once(
     monkeypatch.setattr(inputs, "load_backbone", lambda *args: loads.append(1) or load(*args))
     assert np.array_equal(cached_features(site, section, CPU, folder), first)
     assert not loads  # nor is the weights file needed any more
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.6])
+@pytest.mark.parametrize("mechanism", ["local", "shared"])
+def test_the_heads_closed_form_is_taken_and_trains(
+    site: Dataset, backbones: tuple[Path, str], tmp_path: Path, mechanism: str, rate: float
+) -> None:
+    """Features of a frozen backbone never go through per-sample gradients: any call of them would fail here."""
+    folder, digest = backbones
+    study = head_study(digest, mechanism=mechanism, privacy={"sampling_rate": rate, "noise_multiplier": 1e-3})
+    compute, start = Compute(threads=1, backbones=folder), initial_vector(head_study(digest).model, 1)
+    opened = prepare(site, study, compute)
+    total = clipped_gradient_sum(
+        start, site, study, keys=lambda: secrets.token_bytes(32), compute=compute, inputs=opened
+    )
+    assert total.shape == (start.size,)
+    assert 0 < np.linalg.norm(total) <= len(site.fold("train"))
+    if mechanism == "local":
+        result = train_round(
+            start, site, study, Task(bytes(32), 1, bytes(32)), progress=tmp_path, keys=lambda: secrets.token_bytes(32),
+            should_stop=lambda: False, compute=compute, inputs=opened,
+        )  # fmt: skip
+        assert result is not None
+        assert np.abs(result.delta).max() > 0
 
 
 def test_a_damaged_or_foreign_feature_is_computed_again(site: Dataset, backbones: tuple[Path, str]) -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from services.common.dp.noise import sensitivity_rint
+from services.common.dp.clip import Clip
+from services.common.dp.noise import integer_sum, sensitivity_rint
 from services.common.errors import Reason, ServiceError
-from services.hospital_node.clipping import clipped_sum, integer_sum
+from services.hospital_node.clipping import clipped_sum
 
 SCALE_BITS, CLIP = 18, 0.5
 
@@ -56,7 +57,7 @@ def test_equals_the_clipped_sum_of_torch_func(micro_batch: int, clip: float) -> 
     exact = per_patient(module, images, labels)
     norms = exact.norm(dim=1, keepdim=True)
     expected = (exact * (clip / norms).clamp(max=1)).sum(dim=0).numpy()
-    found = clipped_sum(module, images, labels, clip, micro_batch)
+    found = clipped_sum(module, images, labels, Clip(clip), micro_batch)
     assert found.dtype == np.float64
     assert np.linalg.norm(found - expected) < 1e-5 * min(clip, float(norms.max()))
 
@@ -65,7 +66,7 @@ def test_equals_the_clipped_sum_of_torch_func(micro_batch: int, clip: float) -> 
 def test_one_patient_never_exceeds_the_clip(clip: float) -> None:
     module, (images, labels) = convolutional(), patients(6)
     for i in range(6):
-        found = clipped_sum(module, images[i : i + 1] * 10.0**i, labels[i : i + 1], clip)
+        found = clipped_sum(module, images[i : i + 1] * 10.0**i, labels[i : i + 1], Clip(clip))
         assert np.linalg.norm(found) <= clip
 
 
@@ -75,10 +76,10 @@ def test_rows_are_averaged_before_the_clip() -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-    both = clipped_sum(module, image.repeat(1, 2, 1), torch.tensor([[0, 1]]), 1e-3)
+    both = clipped_sum(module, image.repeat(1, 2, 1), torch.tensor([[0, 1]]), Clip(1e-3))
     assert np.abs(both).max() == 0
-    again = clipped_sum(module, image.repeat(1, 64, 1), torch.tensor([1]), 1.0)
-    assert np.allclose(again, clipped_sum(module, image, torch.tensor([1]), 1.0))
+    again = clipped_sum(module, image.repeat(1, 64, 1), torch.tensor([1]), Clip(1.0))
+    assert np.allclose(again, clipped_sum(module, image, torch.tensor([1]), Clip(1.0)))
 
 
 def test_parameters_come_by_sorted_name_and_frozen_ones_do_not() -> None:
@@ -92,7 +93,7 @@ def test_parameters_come_by_sorted_name_and_frozen_ones_do_not() -> None:
 
     module, rows, labels = Crossed(), torch.randn(3, 1, 3), torch.tensor([0, 1, 1])
     module.a_second.bias.requires_grad_(False)
-    found = clipped_sum(module, rows, labels, 1e6)
+    found = clipped_sum(module, rows, labels, Clip(1e6))
     loss = nn.functional.cross_entropy(module(rows[:, 0]), labels, reduction="sum")
     a, b = torch.autograd.grad(loss, [module.a_second.weight, module.b_first.weight])
     assert np.allclose(found, torch.cat([a.flatten(), b.flatten()]).numpy(), atol=1e-6)
@@ -100,7 +101,7 @@ def test_parameters_come_by_sorted_name_and_frozen_ones_do_not() -> None:
 
 def test_an_empty_batch_is_zeros() -> None:
     module, (images, labels) = convolutional(), patients(3)
-    found = clipped_sum(module, images[:0], labels[:0], CLIP)
+    found = clipped_sum(module, images[:0], labels[:0], Clip(CLIP))
     assert found.shape == (sum(p.numel() for p in module.parameters()),)
     assert not found.any()
     assert integer_sum(found, SCALE_BITS).dtype == np.int64
@@ -112,7 +113,7 @@ def test_the_module_is_left_as_found() -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     for _ in range(2):
         with torch.no_grad():
-            clipped_sum(module, images, labels, CLIP, 2)
+            clipped_sum(module, images, labels, Clip(CLIP), 2)
     assert not any(layer.training for layer in module.modules())
     assert list(module.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -125,9 +126,9 @@ def test_the_module_is_left_as_found() -> None:
 def test_dropout_follows_the_mode_of_the_module() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     rows, labels = torch.ones(3, 1, 4), torch.tensor([0, 1, 1])
-    asleep = [clipped_sum(module.eval(), rows, labels, CLIP) for _ in range(2)]
+    asleep = [clipped_sum(module.eval(), rows, labels, Clip(CLIP)) for _ in range(2)]
     assert np.array_equal(*asleep)
-    assert not np.array_equal(asleep[0], clipped_sum(module.train(), rows, labels, CLIP))
+    assert not np.array_equal(asleep[0], clipped_sum(module.train(), rows, labels, Clip(CLIP)))
     assert all(layer.training for layer in module.modules())
 
 
@@ -137,10 +138,10 @@ def test_a_patient_that_is_not_finite_counts_as_zero_and_spoils_nobody(bad: floa
     spoiled, counted = images.clone(), list[int]()
     spoiled[3, 1] = bad
     keep = [0, 1, 2, 4, 5, 6]
-    found = clipped_sum(module, spoiled, labels, CLIP, 4, counted.append)
+    found = clipped_sum(module, spoiled, labels, Clip(CLIP), 4, counted.append)
     assert counted == [1]
-    assert np.linalg.norm(found - clipped_sum(module, images[keep], labels[keep], CLIP, 4)) < 1e-6
-    all_bad = clipped_sum(module, torch.full_like(images, bad), labels, CLIP, 4, counted.append)
+    assert np.linalg.norm(found - clipped_sum(module, images[keep], labels[keep], Clip(CLIP), 4)) < 1e-6
+    all_bad = clipped_sum(module, torch.full_like(images, bad), labels, Clip(CLIP), 4, counted.append)
     assert counted == [1, 7]
     assert not all_bad.any()
 
@@ -169,8 +170,8 @@ def test_sensitivity_meter(kind: str, place: int) -> None:
     stranger = ADVERSARIES[kind](images[4:5])
     more = torch.cat([images[:place], stranger, images[place:]])
     names = torch.cat([labels[:place], labels[4:5], labels[place:]])
-    with_patient = integer_sum(clipped_sum(module, more, names, CLIP, 4), SCALE_BITS)
-    without = integer_sum(clipped_sum(module, images, labels, CLIP, 4), SCALE_BITS)
+    with_patient = integer_sum(clipped_sum(module, more, names, Clip(CLIP), 4), SCALE_BITS)
+    without = integer_sum(clipped_sum(module, images, labels, Clip(CLIP), 4), SCALE_BITS)
     assert within(with_patient, without, sensitivity_rint(SCALE_BITS, CLIP, len(without)))
     # The meter itself: half the sensitivity would be found out by a patient that is clipped.
     if kind in {"large", "duplicate"}:
@@ -210,7 +211,7 @@ def test_a_statistic_over_the_batch_is_refused(affine: bool) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=affine), nn.Flatten(), nn.Linear(144, 5))
     images, labels = patients(2)
     with pytest.raises(ServiceError) as refusal:
-        clipped_sum(module, images, labels, CLIP)
+        clipped_sum(module, images, labels, Clip(CLIP))
     assert refusal.value.reason is Reason.INVALID_DOCUMENT
 
 
@@ -224,4 +225,4 @@ def test_a_parameter_outside_the_loss_is_refused() -> None:
             return self.used(x)
 
     with pytest.raises(ServiceError, match=r"idle\.bias"):
-        clipped_sum(Idle(), torch.ones(2, 1, 4), torch.tensor([0, 1]), CLIP)
+        clipped_sum(Idle(), torch.ones(2, 1, 4), torch.tensor([0, 1]), Clip(CLIP))

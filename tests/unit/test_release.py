@@ -5,10 +5,11 @@ import secrets
 import numpy as np
 import pytest
 
-from services.common.documents.costs import final_noise, gate_noise, study_epsilon
+from services.common.documents.costs import final_noise, gate_noise, study_epsilon, training_noise
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import RoundShape, round_shape, total_rounds
 from services.common.dp.accounting import epsilon
+from services.common.dp.noise import sensitivity_rint, share_scale
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import decode_class
 from services.hospital_node.release import encode_round, round_debits, study_plan
@@ -119,6 +120,82 @@ def test_count_beyond_its_lane_is_a_local_error_and_not_wrapped(world: World) ->
     with pytest.raises(ServiceError) as refused:
         encode_round(world.study.document, shape, None, huge, lambda: secrets.token_bytes(32))
     assert refused.value.reason is Reason.OUT_OF_BOUND
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(
+        tmp_path_factory.mktemp("shared"), D,
+        privacy={"mechanism": "shared", "patients": {"alice": 100}, "expected_batch": 300.0, "scale_bits": 17},
+        training={"learning_rate": None}, server={"strategy": "sgd", "learning_rate": 0.1},
+    )  # fmt: skip
+
+
+def test_shared_sends_the_scaled_sum_and_its_share_of_the_noise(shared: World) -> None:
+    """privacy.md §3: scale → rint → + discrete Gaussian of S_h; the integers are the sum's, whatever the noise."""
+    noise = training_noise(shared.study.document)
+    total = np.zeros(D)
+    total[:4] = [3.25, -1.5, 2.0**-18, 100.0]
+    drawn = []
+    for _ in range(20):
+        shape, packed = encode(shared, 1, total)
+        drawn.append(lanes(shape, packed, "parameter") - np.rint(np.ldexp(total, 17)).astype(np.int64))
+    values = np.array(drawn, np.float64)
+    assert abs(values.var() / noise.scale**2 - 1) < 5 * (2 / values.size) ** 0.5
+    assert abs(values.mean()) < 5 * noise.scale / values.size**0.5
+    assert len({tuple(row) for row in values.tolist()}) == 20
+    assert noise.scale == share_scale(4.0, sensitivity_rint(17, 1.0, D), 3, 1)
+
+
+def test_shared_projects_before_the_noise_and_checks_nothing_after(shared: World) -> None:
+    """privacy.md §3: what is beyond the data bound is projected coordinate by coordinate; nothing is refused."""
+    shape, noise = shape_of(shared, 1), training_noise(shared.study.document)
+    lane = shape.table.lane_class("parameter")
+    room = lane.bound - 12 * noise.scale
+    total = np.zeros(D)
+    total[0], total[1], total[2] = 1e9, -1e9, room / 2**17 / 2
+    _, packed = encode(shared, 1, total)
+    found = lanes(shape, packed, "parameter")[:3]
+    assert np.abs(found - [room, -room, round(room / 2)]).max() < 12 * noise.scale
+    assert 8 * lane.bound <= 2**31 - 1  # so no sum over the charter's 8 hospitals wraps, noise included
+    many = FixedCounts(COUNTS.hits, COUNTS.totals, np.full((2, 2), 2**40), COUNTS.histogram)
+    final = shape_of(shared, 4)
+    packed = encode_round(shared.study.document, final, None, many, lambda: secrets.token_bytes(32))
+    bound, of_votes = final.table.lane_class("confusion").bound, final_noise(shared.study.document).scale
+    assert np.abs(lanes(final, packed, "confusion") - (bound - 12 * of_votes)).max() < 12 * of_votes
+
+
+def test_an_extreme_noise_wraps_and_is_never_clipped_under_shared(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """privacy.md §3: order noise → reduce mod 2^b; a clip after the noise would break the law that ε rests on."""
+    from services.hospital_node import release
+
+    class Extreme:
+        def __init__(self, scale: int) -> None:
+            pass
+
+        def draw(self, key: bytes, count: int) -> np.ndarray:
+            return np.full(count, 2**31 + 5)
+
+    monkeypatch.setattr(release, "discrete_gaussian", Extreme)
+    shape, packed = encode(shared, 1, np.zeros(D))
+    assert set(lanes(shape, packed, "parameter").tolist()) == {2**31 + 5 - 2**32}
+
+
+def test_debits_under_shared_are_at_n_min_and_k_with_the_solo_event_beside(shared: World) -> None:
+    """L-3: one step at (q, z of n_min − k shares); the same events alone give ε_solo."""
+    study = shared.study.document
+    debits = [
+        debit
+        for number in range(1, total_rounds(shared.study) + 1)
+        for debit in round_debits(shared.study, shape_of(shared, number), shared.initial, f"v{number}")
+    ]
+    assert {(debit.steps, debit.minimum_cohort, debit.colluding_hospitals) for debit in debits} == {(1, 3, 1)}
+    spent = Account(debits)
+    for solo in (False, True):
+        expected = study_epsilon(study, spare=False, solo=solo)
+        assert spent.splits(shared.study.digest.hex(), solo=solo) == pytest.approx(expected)
 
 
 def test_update_of_another_length_is_refused(world: World) -> None:

@@ -10,6 +10,7 @@ from services.common.documents import costs
 from services.common.documents.shape import (
     check_study,
     core_for,
+    largest_batch,
     largest_split,
     round_shape,
     total_rounds,
@@ -139,16 +140,17 @@ def test_a_patient_pays_for_its_own_split_only() -> None:
     ).document
     events = costs.study_events(study)
     z, gate, final = (f(study).multiplier for f in (costs.training_noise, costs.gate_noise, costs.final_noise))
-    assert events == {
-        "train": (Event(1.0, z, 33),),  # 10 rounds and one spare, 3 steps each
-        "validation": (Event(1.0, gate, 3),),
-        "test": (Event(1.0, final, 1),),
+    assert {found.split: found.event for found in events} == {
+        "train": Event(1.0, z, 33),  # 10 rounds and one spare, 3 steps each
+        "validation": Event(1.0, gate, 3),
+        "test": Event(1.0, final, 1),
     }
+    assert all(found.solo == found.event for found in events)  # `local`: nobody else's noise is counted on
     found = costs.study_epsilon(study)
     assert found["train"] == pytest.approx(gaussian_epsilon(z / math.sqrt(33), 1e-5), abs=2e-3)
     assert found["validation"] == pytest.approx(gaussian_epsilon(gate / math.sqrt(3), 1e-5), abs=2e-3)
     assert found["test"] == pytest.approx(gaussian_epsilon(final, 1e-5), abs=2e-3)
-    assert costs.study_events(study, spare=False)["train"] == (Event(1.0, z, 30),)
+    assert costs.study_events(study, spare=False)[0].event == Event(1.0, z, 30)
 
 
 def test_the_rounds_of_a_study_are_its_events(documents: Documents) -> None:
@@ -158,19 +160,20 @@ def test_the_rounds_of_a_study_are_its_events(documents: Documents) -> None:
         for found in round_shape(documents.charter, study, number).events:
             steps[found.split] = steps.get(found.split, 0) + found.event.steps
     planned = costs.study_events(study.document, spare=False)
-    assert steps == {split: sum(event.steps for event in events) for split, events in planned.items()}
+    assert steps == {found.split: found.event.steps for found in planned}
     assert round_shape(documents.charter, make_study("none"), 2).events == ()
     assert costs.study_epsilon(make_study("none").document) == {}
 
 
 def test_sensible_studies_pass(documents: Documents) -> None:
     check_study(documents.charter, make_study())
+    check_study(documents.charter, make_study("shared"))
+    check_study(documents.charter, make_study("shared", server={"strategy": "adam", "averaging": "ema"}))
     for bits in (16, 24, 32):
         check_study(documents.charter, make_study("none", encoding={"ring_bits": bits}))
 
 
 LOCAL: list[tuple[dict[str, Any], str]] = [
-    ({"privacy": {"mechanism": "shared"}}, "shared is not offered"),
     ({"privacy": {"epsilon": None}}, "add both"),
     ({"privacy": {"delta": None}}, "add both"),
     ({"privacy": {"epsilon": 11.0}}, "the charter allows (10, 1e-05)"),
@@ -194,9 +197,26 @@ LOCAL: list[tuple[dict[str, Any], str]] = [
     ({"model": {"parameters": 300_000_000}, "privacy": {"scale_bits": 24}}, "the charter allows 200000000"),
     ({"timing": {"attempt_seconds": 90_000.0}}, "round keys live at most 24 hours"),
     ({"timing": {"attempt_seconds": 10.0}}, "must be more than submit_seconds"),
+    ({"timing": {"train_seconds": 0.0}}, "depends on whom it sampled"),
+    ({"server": {"strategy": "sgd"}}, "local sends updates: choose fedavg"),
+]
+SHARED: list[tuple[dict[str, Any], str]] = [
+    ({"server": {"strategy": "fedavg"}}, "choose sgd or adam"),
+    ({"privacy": {"steps_per_round": 2}}, "one global step"),
+    ({"training": {"momentum": 0.9}}, "use server.momentum"),
+    ({"training": {"weight_decay": 0.1}}, "no weight decay"),
+    ({"privacy": {"patients": {}}}, "privacy.patients must publish"),
+    ({"privacy": {"patients": {"alice": 10_001}}}, "above 1/(10·N) = 1e-05 for the N = 10001"),
+    ({"privacy": {"noise_multiplier": 0.0}}, "must be above 0 under shared"),
+    ({"privacy": {"scale_bits": 27}}, "leaves no room for one patient's gradient beside the noise"),
+    ({"encoding": {"ring_bits": 16}}, "noised lanes need 32"),
+    ({"server": {"averaging": "tail", "averaging_rounds": 5}}, "the study trains 4 rounds"),
+    ({"cohort": {"minimum": 2}}, "the charter's is 3 (P-12)"),
+    ({"timing": {"train_seconds": 0.0}}, "depends on whom it sampled"),
 ]
 NONE: list[tuple[dict[str, Any], str]] = [
     ({"privacy": {"none_accepted": None}}, "none_accepted"),
+    ({"server": {"strategy": "adam"}}, "none sends updates: choose fedavg"),
     ({"privacy": {"none_accepted": "... ... ... ... yes ... ..."}}, "at least 20 letters"),
     ({"privacy": {"epsilon": 1.0}}, "remove epsilon"),
     ({"privacy": {"noise_multiplier": 1.0}}, "remove epsilon, delta and all noise"),
@@ -206,7 +226,7 @@ NONE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(
     ("mechanism", "changes", "words"),
-    [("local", *case) for case in LOCAL] + [("none", *case) for case in NONE],
+    [("local", *case) for case in LOCAL] + [("shared", *case) for case in SHARED] + [("none", *case) for case in NONE],
 )
 def test_senseless_studies_are_refused(
     documents: Documents, mechanism: str, changes: dict[str, Any], words: str
@@ -237,6 +257,67 @@ def test_a_claim_that_the_parameters_do_not_give_is_refused_with_the_true_figure
     with pytest.raises(ServiceError) as caught:
         check_study(documents.charter, study)
     assert f"claims 8, but its parameters give {true:.3f} for a patient of the {split} split" in caught.value.detail
+
+
+def test_the_share_of_one_hospital_follows_the_formula_in_integers(documents: Documents) -> None:
+    """privacy.md §2: S_h = ⌈√((σ²Δ₂² + 9)/(n_min − k))⌉; z of n_min − k shares is at least σ."""
+    study = make_study("shared").document
+    noise = costs.training_noise(study)
+    sensitivity = 2**18 * (1 + 2**-10) + math.sqrt(500)
+    assert noise.scale == math.ceil(math.sqrt(((4 * sensitivity) ** 2 + 9) / 2))
+    assert noise.multiplier == pytest.approx(math.sqrt(2 * noise.scale**2 - 9) / sensitivity, rel=1e-12)
+    assert noise.multiplier >= 4.0
+    assert noise.solo == pytest.approx(math.sqrt(noise.scale**2 - 9) / sensitivity, rel=1e-12)
+    for found, votes in ((costs.gate_noise(study), 2), (costs.final_noise(study), 3)):
+        assert found.scale >= 256
+        assert found.scale / found.sensitivity == pytest.approx(4 / math.sqrt(2), rel=5e-3)
+        assert found.sensitivity == pytest.approx(2**found.fraction_bits * math.sqrt(votes), rel=1e-12)
+    alone = costs.study_epsilon(study, solo=True)
+    assert all(alone[split] > epsilon for split, epsilon in costs.study_epsilon(study).items())
+    assert alone["test"] == pytest.approx(gaussian_epsilon(4 / math.sqrt(2), 1e-5), rel=1e-2)
+
+
+def test_p_21_the_parameter_lanes_under_shared_have_the_studys_scale_and_all_the_room(documents: Documents) -> None:
+    """privacy.md §3: B = data bound + 12·S_h, n_max·B fits the ring; figures at σ = 3.358, n_min − k = 2."""
+    study = make_study("shared")
+    lane = round_shape(documents.charter, study, 1).table.lane_class("parameter")
+    assert (lane.fraction_bits, lane.bound, lane.limbs) == (18, (2**31 - 1) // 16, 1)
+    noise = costs.training_noise(study.document)
+    assert noise.room(lane.bound) == lane.bound - 12 * noise.scale
+    assert largest_batch(documents.charter, study) == (lane.bound - 12 * noise.scale) // 2**18
+    assert largest_batch(documents.charter, make_study()) is None
+    four = make_documents(maximum=4).charter
+    for bits, patients in ((16, 8163), (18, 2019), (20, 483)):
+        wide = make_study("shared", privacy={"scale_bits": bits, "noise_multiplier": 3.358})
+        found = largest_batch(four, wide)
+        assert found is not None
+        assert abs(found - patients) <= 1
+
+
+def test_k_0_is_refused_against_fellow_hospitals_with_the_figure_that_holds_against_one() -> None:
+    """privacy.md §2: who takes part knows its own share, so at k = 0 the claim is for the aggregator and the public."""
+    charter = make_documents(minimum=4, colluding=0, two_hospitals="accepted").charter
+    cohort = {"minimum": 4, "colluding_hospitals": 0}
+    study = make_study("shared", privacy={"sampling_rate": 1.0}, cohort=cohort)
+    with pytest.raises(ServiceError) as caught:
+        check_study(charter, study)
+    three_of_four = gaussian_epsilon(4 * math.sqrt(3 / 4) / math.sqrt(5), 1e-5)  # 4 rounds and a spare one
+    assert f"against one it is {three_of_four:.2f}" in caught.value.detail
+    check_study(charter, make_study("shared", cohort=cohort, privacy={"against": "public", "sampling_rate": 1.0}))
+
+
+def test_no_claim_is_written_that_a_sentence_of_it_lacks() -> None:
+    """A claim names (ε, δ, adjacency, unit, n_min, k, ε_solo)."""
+    from services.cli.claim import claim, claim_in_words
+
+    study = make_study("shared").document
+    solo = max(costs.study_epsilon(study, solo=True).values())
+    words = claim_in_words(claim(study), "lesion")
+    for part in ("ε = 8 ", "δ = 1e-05", "lesion", "add/remove", "at least 3 hospitals", "k = 1"):
+        assert part in words
+    assert f"ε_solo = {math.ceil(100 * solo) / 100:.2f}" in words
+    assert "ε_solo" not in claim_in_words(claim(make_study().document), "patient")
+    assert "no ε is claimed" in claim_in_words(claim(make_study("none").document), "patient")
 
 
 def test_the_spare_rounds_are_inside_the_claim(documents: Documents) -> None:

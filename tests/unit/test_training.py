@@ -25,6 +25,7 @@ from services.hospital_node.training import (
     Compute,
     Task,
     TrainResult,
+    clipped_gradient_sum,
     discard_progress,
     open_device,
     prepare,
@@ -277,10 +278,43 @@ def test_a_diverged_training_is_a_failed_one(site: Dataset, tmp_path: Path) -> N
     assert refused.value.reason is Reason.NOT_FINITE
 
 
-@pytest.mark.parametrize("changes", [{"privacy": {"mechanism": "shared"}}])
-def test_what_is_not_offered_is_refused(site: Dataset, tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ServiceError, match="choose local"):
-        train(site, tmp_path, small_study(**changes))
+def test_under_shared_a_hospital_takes_no_steps_of_its_own(site: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="no steps of its own"):
+        train(site, tmp_path, small_study("shared"))
+
+
+def test_shared_gives_the_sum_of_clipped_patient_means_without_noise(
+    site: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """privacy.md §2: one global step; the hospital's part is its exact sum; release.py scales, rounds and noises it."""
+    monkeypatch.setattr(gradients, "choose_one", lambda key, counts: np.zeros(len(counts), np.int64))  # turn 0
+    study = small_study("shared", privacy={"sampling_rate": 1.0, "clip": 0.05}, training={"micro_batch": 3})
+    start = (initial_vector(study.model, 1) + 0.02).astype(np.float32)
+    found = clipped_gradient_sum(start, site, study, keys=fresh_keys, compute=ONE_CORE)
+    wanted = reference_gradient(site, study, start)
+    assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+def test_shared_of_an_empty_batch_is_zeros(site: Dataset) -> None:
+    """Its noise is added like everybody's (test_release): nobody sees that nobody was sampled."""
+    study = small_study("shared", privacy={"sampling_rate": 1e-9})
+    assert not clipped_gradient_sum(
+        initial_vector(study.model, 1), site, study, keys=fresh_keys, compute=ONE_CORE
+    ).any()
+
+
+def test_class_weights_act_before_the_clip(site: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights beyond the clip change directions, never the bound: each patient moves the sum by at most C."""
+    monkeypatch.setattr(gradients, "choose_one", lambda key, counts: np.zeros(len(counts), np.int64))
+    start = (initial_vector(small_study().model, 1) + 0.02).astype(np.float32)
+
+    def total(weights: tuple[float, ...], clip: float) -> np.ndarray:
+        study = small_study("shared", privacy={"sampling_rate": 1.0, "clip": clip}, training={"class_weights": weights})
+        return clipped_gradient_sum(start, site, study, keys=fresh_keys, compute=ONE_CORE)
+
+    dark, light, both = total((1.0, 1e-9), 1e3), total((1e-9, 1.0), 1e3), total((2.0, 3.0), 1e3)
+    assert np.linalg.norm(both - (2 * dark + 3 * light)) < 1e-3 * np.linalg.norm(both)
+    assert np.linalg.norm(total((1e6, 1e6), 0.05)) <= 0.05 * len(site.fold("train"))
 
 
 def test_no_gpu_is_said(site: Dataset) -> None:

@@ -6,7 +6,7 @@ Classes of lanes, in order:
   round) | parameter d (training rounds).
 Rounds 1 … `rounds` train; with `evaluation.final` round `rounds` + 1 evaluates and carries no parameters. A gate
 in round r judges the model that r starts from. `check_study` refuses what makes no sense before anything runs.
-Not here: the noise and ε of it (costs.py), encoding (secagg.encoding).
+Not here: the noise and ε of it (costs.py), what a mechanism asks for (mechanism.py), encoding (secagg.encoding).
 """
 
 import math
@@ -20,10 +20,9 @@ from services.common.documents.costs import (
     final_noise,
     gate_noise,
     round_events,
-    spare_rounds,
-    study_epsilon,
     training_noise,
 )
+from services.common.documents.mechanism import check_claim, check_mechanism
 from services.common.documents.strict import refuse
 from services.common.documents.study import LoadedStudy, Study
 from services.common.errors import Reason, ServiceError
@@ -32,7 +31,6 @@ from services.common.secagg.messages import Core, LaneClass
 
 _COUNT_BITS = 20  # without noise a count up to a million travels, over several limbs where the ring is narrow
 _SMALLEST_SPLIT = 1000  # a lane table that overflows below so many patients is refused
-_LONGEST_WORDS = 20  # letters that `none_accepted` needs
 
 
 @dataclass(frozen=True)
@@ -109,70 +107,27 @@ def largest_split(charter: LoadedCharter, study: LoadedStudy) -> int | None:
     return min(found, default=None)
 
 
+def largest_batch(charter: LoadedCharter, study: LoadedStudy) -> int | None:
+    """Patients of one hospital in one step that surely never meet the data bound (privacy.md §3); only under `shared`.
+
+    More are as private: the sum is projected onto the bound before it is rounded, at some cost in use.
+    """
+    document = study.document
+    if document.privacy.mechanism != "shared":
+        return None
+    room = training_noise(document).room(_lane_bound(charter, document))
+    return math.floor(room / math.ldexp(document.privacy.clip, document.privacy.scale_bits))
+
+
 def check_study(charter: LoadedCharter, study: LoadedStudy) -> None:
     """Refuse a study that this charter forbids or that makes no sense: INVALID_DOCUMENT, one sentence."""
     document = study.document
-    _check_mechanism(charter, document)
+    check_mechanism(charter, document)
     _check_cohort(charter, document)
     _check_limits(charter, document)
     _check_timing(charter, document)
     _check_lanes(charter, study)
-    if document.privacy.mechanism == "local":
-        _check_claim(document)
-
-
-def _check_mechanism(charter: LoadedCharter, study: Study) -> None:
-    privacy, evaluation, limits = study.privacy, study.evaluation, charter.document.limits
-    if privacy.mechanism == "shared":
-        raise refuse(study.name, "privacy.mechanism shared is not offered by this release: choose local")
-    if privacy.mechanism == "none":
-        if sum(letter.isalpha() for letter in privacy.none_accepted or "") < _LONGEST_WORDS:
-            raise refuse(
-                study.name,
-                "privacy.mechanism none protects no single patient: say so in privacy.none_accepted, in a sentence of "
-                f"at least {_LONGEST_WORDS} letters, or choose local",
-            )
-        noises = (privacy.noise_multiplier, evaluation.gate_noise_multiplier, evaluation.final_noise_multiplier)
-        if privacy.epsilon is not None or privacy.delta is not None or any(noises):
-            raise refuse(
-                study.name, "privacy.mechanism none adds no noise: remove epsilon, delta and all noise multipliers"
-            )
-        return
-    if privacy.none_accepted is not None:
-        raise refuse(study.name, "privacy.none_accepted is said, but the mechanism is local: remove it")
-    if privacy.epsilon is None or privacy.delta is None:
-        raise refuse(study.name, "privacy.epsilon and privacy.delta must say what is claimed: add both")
-    if privacy.epsilon > limits.epsilon or privacy.delta > limits.delta:
-        raise refuse(
-            study.name,
-            f"claims (ε, δ) = ({privacy.epsilon:g}, {privacy.delta:g}), the charter allows ({limits.epsilon:g}, "
-            f"{limits.delta:g}): lower the claim or amend the charter",
-        )
-    if privacy.noise_multiplier <= 0:
-        raise refuse(
-            study.name, "privacy.noise_multiplier must be above 0 under local: `wardround study draft` finds it"
-        )
-    if evaluation.gate_rounds and evaluation.gate_noise_multiplier <= 0:
-        raise refuse(
-            study.name, "evaluation.gate_noise_multiplier must be above 0 under local: set it, or no gate_rounds"
-        )
-    if evaluation.final and evaluation.final_noise_multiplier <= 0:
-        raise refuse(
-            study.name, "evaluation.final_noise_multiplier must be above 0 under local: set it, or final: false"
-        )
-    if study.encoding.ring_bits != 32:
-        raise refuse(
-            study.name, f"encoding.ring_bits is {study.encoding.ring_bits}, noised lanes need 32: set it to 32"
-        )
-    room, wanted = math.ldexp(privacy.clip, privacy.scale_bits), 256 * math.sqrt(study.model.parameters)
-    if room < wanted:
-        bits = math.ceil(math.log2(wanted / privacy.clip))
-        raise refuse(
-            study.name,
-            f"privacy.scale_bits {privacy.scale_bits} rounds {study.model.parameters} parameters too coarsely "
-            f"(2^scale_bits · clip must be at least 256·√parameters): set it to {bits} or more, or raise the clip",
-        )
-    training_noise(study)
+    check_claim(document)
 
 
 def _check_cohort(charter: LoadedCharter, study: Study) -> None:
@@ -254,6 +209,13 @@ def _check_lanes(charter: LoadedCharter, study: LoadedStudy) -> None:
             if error.reason is Reason.INVALID_DOCUMENT:
                 raise
             raise refuse(document.name, error.detail) from None
+    batch = largest_batch(charter, study)
+    if batch is not None and batch < 1:
+        raise refuse(
+            document.name,
+            f"privacy.scale_bits {document.privacy.scale_bits} leaves no room for one patient's gradient beside the "
+            f"noise in {document.encoding.ring_bits} bits with {charter.document.cohort.maximum} hospitals: lower it",
+        )
     room = largest_split(charter, study)
     if room is not None and room < _SMALLEST_SPLIT:
         raise refuse(
@@ -264,21 +226,10 @@ def _check_lanes(charter: LoadedCharter, study: LoadedStudy) -> None:
         )
 
 
-def _check_claim(study: Study) -> None:
-    claimed, found = study.privacy.epsilon, study_epsilon(study)
-    split, worst = max(found.items(), key=lambda item: item[1])
-    if claimed is not None and worst > claimed:
-        true = f"{math.ceil(worst * 1000) / 1000:.3f}" if math.isfinite(worst) else "not bounded"
-        raise refuse(
-            study.name,
-            f"privacy.epsilon claims {claimed:g}, but its parameters give {true} for a patient of the {split} split at "
-            f"δ = {study.privacy.delta:g}, {spare_rounds(study.rounds)} spare rounds included: claim that, or raise "
-            "the noise",
-        )
-
-
 def _parameters(charter: LoadedCharter, study: Study) -> LaneClass:
-    """As many fraction bits as the ring bears: n_max · ⌈bound · 2^f⌉ ≤ 2^(b−1) − 1."""
+    """As many fraction bits as the ring bears: n_max · ⌈bound · 2^f⌉ ≤ 2^(b−1) − 1; under `shared` the study's s."""
+    if study.privacy.mechanism == "shared":
+        return LaneClass("parameter", study.model.parameters, study.privacy.scale_bits, _lane_bound(charter, study), 1)
     room, bound = _lane_bound(charter, study), study.encoding.update_bound
     bits = min(63, math.floor(math.log2(room / bound)) + 1)
     while bits >= 0 and math.ceil(math.ldexp(bound, bits)) > room:
@@ -313,7 +264,7 @@ def _room(charter: LoadedCharter, study: Study, name: str) -> int:
     lane = _counts(charter, study, name, 1)
     if study.privacy.mechanism == "none":
         return int(lane.bound << (lane.bound.bit_length() - 1) * (lane.limbs - 1))
-    return (lane.bound - 12 * _count_noise(study, name).scale) >> lane.fraction_bits
+    return _count_noise(study, name).room(lane.bound) >> lane.fraction_bits
 
 
 def _count_noise(study: Study, name: str) -> Noise:

@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import itertools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -44,27 +44,48 @@ class PrivacySection(Section):
         default=None, description="for `none`: the sentence that says so in words, at least 20 letters"
     )
     epsilon: float | None = Field(default=None, gt=0, description="claimed ε of the whole study, evaluations included")
+    against: Literal["hospitals", "public"] = Field(
+        default="hospitals",
+        description="shared: whom the claim holds against; fellow hospitals need colluding_hospitals of at least 1",
+    )
     delta: float | None = Field(default=None, gt=0, lt=1e-2)
+    patients: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="PUBLISHED training patients by hospital, rounded; needed under shared",
+    )
     clip: float = Field(default=1.0, gt=0, description="C: L2 norm of one patient's gradient")
-    noise_multiplier: float = Field(default=0.0, ge=0, description="σ of one training step")
+    clipping: Literal["flat", "automatic"] = Field(
+        default="flat", description="flat: min(1, C/norm); automatic: C/(norm + stability)"
+    )
+    stability: float = Field(default=0.01, gt=0, description="γ of automatic clipping")
+    noise_multiplier: float = Field(
+        default=0.0, ge=0, description="σ of one training step; under shared of n_min - k shares together"
+    )
     sampling_rate: float = Field(default=1.0, gt=0, le=1, description="q: chance of a patient to be in a step")
     expected_batch: float = Field(
-        default=1.0, gt=0, description="D: the divisor of a step's summed gradients, a constant"
+        default=1.0,
+        gt=0,
+        description="D: the divisor of a step's summed gradients, a constant; under shared of all hospitals together",
     )
     steps_per_round: int = Field(default=1, ge=1, description="local noisy steps in a round")
     scale_bits: int = Field(default=18, ge=8, le=30, description="gradients become integers at 2**scale_bits")
 
 
 class TrainingSection(Section):
-    """Local optimisation; none of it costs privacy."""
+    """A hospital's gradients and, but under `shared`, its own steps; none of it costs privacy."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="of a hospital's own steps; none under shared, where the server takes the step"
+    )
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     augmentations: int = Field(default=1, ge=1, le=64, description="K, averaged before the clip")
     micro_batch: int = Field(default=32, ge=1, description="patients per forward pass")
     class_frequencies: tuple[float, ...] = Field(
         default=(), description="PUBLIC share of each class, for logit adjustment; empty = no adjustment"
+    )
+    class_weights: tuple[float, ...] = Field(
+        default=(), description="PUBLIC weight of each class in the loss, before the clip; empty = all 1"
     )
     local_steps: int = Field(default=1, ge=1, description="steps a round without DP")
     batch_size: int = Field(default=32, ge=1, description="patients a step without DP")
@@ -101,10 +122,20 @@ class GateSection(Section):
 
 
 class ServerSection(Section):
-    """The server step."""
+    """The server step, post-processing of the sum: `fedavg` of updates; `sgd` or `adam` of gradients under `shared`."""
 
-    strategy: Literal["fedavg"] = "fedavg"
+    strategy: Literal["fedavg", "sgd", "adam"] = "fedavg"
     learning_rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd; adam's decay of the first moment")
+    second_moment: float = Field(default=0.99, ge=0, lt=1, description="adam's decay of the second moment")
+    smallest_divisor: float = Field(
+        default=1e-4, gt=0, description="adam divides by no less: the noise's variance is subtracted first"
+    )
+    averaging: Literal["none", "ema", "tail"] = Field(
+        default="none", description="what the last training round publishes: the newest model, or an average"
+    )
+    averaging_decay: float = Field(default=0.9, gt=0, lt=1, description="of ema")
+    averaging_rounds: int = Field(default=1, ge=1, description="of tail: the last so many training rounds")
 
 
 class CohortSection(Section):
@@ -159,6 +190,8 @@ def load_study(blob: bytes, name: str = "study.yaml") -> LoadedStudy:
     study = load(Study, blob, name)
     try:
         check_id(study.name, "name")
+        for hospital in study.privacy.patients:
+            check_id(hospital, "privacy.patients")
     except ServiceError as error:
         raise refuse(name, error.detail) from None
     hex_bytes(study.model.initial, 32, name, "model.initial")
@@ -167,6 +200,16 @@ def load_study(blob: bytes, name: str = "study.yaml") -> LoadedStudy:
     classes = study.model.classes
     if len(set(classes)) != len(classes) or not all(classes):
         raise refuse(name, "model.classes holds an empty name or one twice: name each class once")
+    if (study.training.learning_rate is None) != (study.privacy.mechanism == "shared"):
+        raise refuse(
+            name,
+            "training.learning_rate is missing: add it"
+            if study.training.learning_rate is None
+            else "training.learning_rate is of no use under shared, where server.learning_rate counts: remove it",
+        )
+    weights = study.training.class_weights
+    if weights and (len(weights) != len(classes) or min(weights) <= 0):
+        raise refuse(name, "training.class_weights needs one number above 0 for each class: correct them")
     shares = study.training.class_frequencies
     if shares and (len(shares) != len(classes) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-3):
         raise refuse(name, "training.class_frequencies needs one share above 0 for each class, 1 in all: correct them")

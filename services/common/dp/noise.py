@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +113,12 @@ class DiscreteGaussian:
         return x[:, 0] + self.width * (x[:, 1] + self.width * x[:, 2])
 
 
+@lru_cache(maxsize=8)
+def discrete_gaussian(scale: int) -> DiscreteGaussian:
+    """D(Z, S) with its table kept: every round of a study draws at the same scales."""
+    return DiscreteGaussian(scale)
+
+
 def _cube_root(value: int) -> int:
     """⌊∛value⌋ for value < 2**48."""
     root = round(math.cbrt(value))
@@ -154,6 +161,21 @@ def sensitivity_rint(scale_bits: int, clip: float, parameters: int) -> float:
     2⁻¹⁰ covers float32 gradients; √d is twice the half unit that rint may move each of the d coordinates.
     """
     return math.nextafter(math.ldexp(clip, scale_bits) * (1 + 2**-10) + math.sqrt(parameters), math.inf)
+
+
+def integer_sum(total: npt.NDArray[np.float64], scale_bits: int, bound: float | None = None) -> npt.NDArray[np.int64]:
+    """rint(2**scale_bits · total), int64 (d,); projected coordinate-wise onto ±`bound` (integer units) before rint.
+
+    A projection onto a box is 1-Lipschitz, so Δ₂ stays. Raises NOT_FINITE: after a clip that is a bug.
+    """
+    scaled = np.ldexp(total, scale_bits)
+    if not np.isfinite(scaled).all():
+        raise ServiceError(
+            Reason.NOT_FINITE, "a clipped sum is not finite: this is a fault of the node, stop the study"
+        )
+    if bound is not None:
+        scaled = np.clip(scaled, -bound, bound)
+    return np.rint(scaled).astype(np.int64)
 
 
 def vote_scale_bits(noise_multiplier: float, votes: int, minimum_cohort: int, colluding: int) -> int:
