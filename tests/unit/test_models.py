@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from services.common.documents.study import BackboneSection, ModelSection
+from services.common.dp.clip import Clip
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import backbones
 from services.hospital_node.architectures import REGISTRY, build, import_torchvision, stored_name
@@ -74,7 +75,7 @@ def test_resnet_survives_gradient_hooks() -> None:
     module = build(model)
     load_vector(module, initial_vector(model, 1))
     images = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    total = clipped_sum(module, images, torch.tensor([0, 1]), 0.5, 2)
+    total = clipped_sum(module, images, torch.tensor([0, 1]), Clip(0.5), 2)
     assert total.shape == (size(layout(module)),)
     assert 0 < np.linalg.norm(total) <= 1.0
 
@@ -97,7 +98,7 @@ def test_every_architecture_takes_a_private_step_and_comes_back_by_digest(name: 
     with torch.no_grad():
         together, alone = module(images.flatten(0, 1)), module(images[0])
     torch.testing.assert_close(together[:1], alone, rtol=1e-3, atol=1e-5)
-    total = clipped_sum(module, images, torch.tensor([0, 1]), 0.5, 2)
+    total = clipped_sum(module, images, torch.tensor([0, 1]), Clip(0.5), 2)
     assert 0 < np.linalg.norm(total) <= 1.0
     stepped = (start - 0.1 * total).astype(np.float32)
     shapes = layout(module)

@@ -22,6 +22,7 @@ FINE = 1e-4  # discretisation of the privacy loss for what is claimed
 COARSE = 1e-3  # for searches and curves: as pessimistic, ε higher by less than 1e-4 relative
 _LARGEST_LOSS = 16.0  # beyond it the grid widens in powers of two, so that no σ needs more than 10^6 points
 _LARGEST_TOTAL = 128.0  # the same for the composed loss, at which no ε means anything
+_GUESS_MARGIN = 1e-11  # by which a closed form found in doubles is raised before it is proven
 _SIGMA_STEPS = 10_000  # calibration grid: 1e-4
 _LARGEST_SIGMA = 10_000
 
@@ -232,6 +233,9 @@ def _closed_form(mu: float, delta: float) -> float:
 
         if enough(mpmath.mpf(0)):
             return 0.0
+        guess = _double_closed_form(mu, delta) * (1 + _GUESS_MARGIN)
+        if 0 < guess < math.inf and enough(mpmath.mpf(guess)):  # proven here, whatever the doubles were worth
+            return math.nextafter(guess, math.inf)
         low, high = mpmath.mpf(0), mpmath.mpf(1)
         while not enough(high):
             low, high = high, 2 * high
@@ -239,6 +243,25 @@ def _closed_form(mu: float, delta: float) -> float:
             middle = (low + high) / 2
             low, high = (low, middle) if enough(middle) else (middle, high)
         return math.nextafter(float(high), math.inf)
+
+
+def _double_closed_form(mu: float, delta: float) -> float:
+    """About the same by bisection in doubles, a hundred times faster; 0.0 where they overflow. Proves nothing."""
+
+    def spent(candidate: float) -> float:
+        near, far = (candidate / mu - mu / 2) / math.sqrt(2), (candidate / mu + mu / 2) / math.sqrt(2)
+        return (math.erfc(near) - math.exp(candidate) * math.erfc(far)) / 2
+
+    low, high = 0.0, 1.0
+    try:
+        while spent(high) > delta:
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(middle) > delta else (low, middle)
+    except OverflowError:
+        return 0.0
+    return high
 
 
 def _least(high: int, fits: Callable[[int], bool]) -> int:
