@@ -19,6 +19,7 @@ from services.common.errors import Reason, ServiceError
 from services.common.rpc.unix import dial_admin
 from services.common.secagg.blob import decode
 from services.common.secagg.messages import Header, LedgerMark
+from services.common.store.database import files
 from services.hospital_node.ledger import Entry, Ledger, parse_export
 from services.hospital_node.store import DATABASE, Store
 from wardround.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -69,9 +70,8 @@ def _from_state(folder: Path) -> Source:
         )
     with tempfile.TemporaryDirectory() as scratch:
         with _held(folder):
-            for name in (DATABASE, f"{DATABASE}-journal"):
-                if (folder / name).exists():
-                    shutil.copyfile(folder / name, Path(scratch) / name)
+            for file in files(folder / DATABASE):
+                shutil.copyfile(file, Path(scratch) / file.name)
         store = Store(Path(scratch))
         try:
             entries, start = Ledger.read(store.database)

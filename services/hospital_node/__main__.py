@@ -98,7 +98,7 @@ def run(
         documents,
         client=client,
         store=store,
-        models=BlobStore(config.state / "models"),
+        models=BlobStore(config.state / "models", cache=True),
         trainer=trainer,
         clock=clock,
         report=report,

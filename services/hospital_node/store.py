@@ -199,9 +199,9 @@ class Store:
             "SELECT y FROM submissions WHERE study = ? AND round <= ? AND scrubbed = 0",
             (study, through_round) * 2,
         )
-        for (digest,) in rows:  # files first: after a crash between the two the rows say what is left to do
-            self.blobs.delete(digest)
         if rows:
+            # Files first: after a crash between the two the rows say what is left to do.
+            self.blobs.delete(*(digest for (digest,) in rows))
             with self.database.transaction() as connection:
                 for statement in (
                     "UPDATE vectors SET scrubbed = 1 WHERE study = ? AND round <= ?",

@@ -43,6 +43,19 @@ def test_a_blob_is_found_by_its_sha_256_until_it_is_deleted(tmp_path: Path) -> N
     assert caught.value.reason is Reason.NOT_FOUND
 
 
+def test_a_cache_forgets_at_start_what_is_not_whole(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, cache=True)
+    whole, torn = store.write([b"whole"]), store.write([b"torn by a power cut"])
+    with store.partial("third") as partial:
+        partial.append(b"third")
+        third = partial.finish()
+    store.path(torn).write_bytes(bytes(19))
+    again = BlobStore(tmp_path, cache=True)
+    assert (again.has(whole), again.has(torn), again.has(third)) == (True, False, True)
+    again.delete(whole, third)
+    assert files(again) == []
+
+
 def test_another_digest_than_expected_leaves_nothing(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     with pytest.raises(ServiceError) as caught:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import Reason, ServiceError
-from services.common.store.database import Database, check_durable, check_mounts, open_database
+from services.common.store.database import Database, check_durable, check_mounts, files, open_database
 
 ROOT = Path(__file__).parents[2]
 ONE = "CREATE TABLE t (x INTEGER PRIMARY KEY) STRICT"
@@ -127,8 +127,24 @@ def test_p_15_one_process_cannot_open_its_store_twice(tmp_path: Path) -> None:
 def test_p_15_every_commit_is_synchronous(tmp_path: Path) -> None:
     db = open_database(tmp_path / "s.db", [ONE])
     assert db.query("PRAGMA synchronous") == [(2,)]
-    assert db.query("PRAGMA journal_mode") == [("truncate",)]
+    assert db.query("PRAGMA journal_mode") == [("wal",)]
     db.close()
+
+
+def test_p_15_all_files_of_a_store_together_hold_what_was_committed(tmp_path: Path) -> None:
+    """A copy without the file beside the database would be an older store."""
+    db = open_database(tmp_path / "s.db", [ONE])
+    with db.transaction() as connection:
+        connection.execute("INSERT INTO t VALUES (1)")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for file in files(tmp_path / "s.db"):
+        shutil.copyfile(file, copied / file.name)
+    db.close()
+    assert [file.name for file in files(tmp_path / "s.db")] == ["s.db"]
+    copy = open_database(copied / "s.db", [ONE])
+    assert copy.query("SELECT * FROM t") == [(1,)]
+    copy.close()
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

@@ -22,17 +22,23 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,199}")
 
 
 class BlobStore:
-    """Blobs in `folder`, which is made (0700) when it is missing; left-overs of a crash are removed."""
+    """Blobs in `folder`, which is made (0700) when it is missing; left-overs of a crash are removed.
 
-    def __init__(self, folder: Path) -> None:
+    A `cache` holds what can be had again: nothing waits for the disk, and what an earlier life left is hashed at start.
+    """
+
+    def __init__(self, folder: Path, cache: bool = False) -> None:
         self.folder = Path(folder)
+        self._cache = cache
         with storing(f"the folder {folder}"):
             shutil.rmtree(self.folder / "tmp", ignore_errors=True)
             for name in ("blobs", "partial", "tmp"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
             sync_folder(self.folder)
+        if cache:
+            self._drop_damaged()
 
-    def write(self, chunks: Iterable[bytes], expected: bytes | None = None) -> bytes:
+    def write(self, chunks: Iterable[bytes | bytearray], expected: bytes | None = None) -> bytes:
         """Store the concatenated chunks and return their SHA-256 (32 bytes); on the disk when this returns.
 
         Raises BAD_DIGEST when it is not `expected`, STORAGE on a full disk; both leave nothing behind.
@@ -46,7 +52,7 @@ class BlobStore:
                         hasher.update(chunk)
                         file.write(chunk)
                     file.flush()
-                    os.fsync(file.fileno())
+                    self._sync(file.fileno())
                 return self._keep(Path(name), hasher.digest(), expected)
             except BaseException:
                 Path(name).unlink(missing_ok=True)
@@ -81,10 +87,11 @@ class BlobStore:
         """Whether the blob is here, whole."""
         return self._place(digest).is_file()
 
-    def delete(self, digest: bytes) -> None:
-        """Scrub the blob; gone from the disk's folder when this returns, no matter if it was there."""
-        self._place(digest).unlink(missing_ok=True)
-        sync_folder(self.folder / "blobs")
+    def delete(self, *digests: bytes) -> None:
+        """Scrub the blobs; gone from the disk's folder when this returns, no matter if they were there."""
+        for digest in digests:
+            self._place(digest).unlink(missing_ok=True)
+        self._sync_folder(self.folder / "blobs")
 
     def _place(self, digest: bytes) -> Path:
         if len(digest) != 32:
@@ -96,8 +103,23 @@ class BlobStore:
         if expected is not None and digest != expected:
             raise ServiceError(Reason.BAD_DIGEST, f"the bytes have SHA-256 {digest.hex()}, not {expected.hex()}")
         written.rename(self._place(digest))
-        sync_folder(self.folder / "blobs")
+        self._sync_folder(self.folder / "blobs")
         return digest
+
+    def _drop_damaged(self) -> None:
+        for file in (self.folder / "blobs").iterdir():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            if digest != file.name:
+                file.unlink()
+
+    def _sync(self, handle: int) -> None:
+        if not self._cache:
+            os.fsync(handle)
+
+    def _sync_folder(self, folder: Path) -> None:
+        if not self._cache:
+            sync_folder(folder)
 
 
 class Partial:
@@ -112,7 +134,7 @@ class Partial:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if new:
-                    sync_folder(self.path.parent)
+                    store._sync_folder(self.path.parent)
                 if length is not None:
                     if self.length < length:
                         raise ServiceError(
@@ -143,7 +165,7 @@ class Partial:
     def sync(self) -> None:
         """What was appended is on the disk when this returns."""
         with storing(f"partial blob {self.name}"):
-            os.fsync(self._file)
+            self._store._sync(self._file)
 
     def finish(self, expected: bytes | None = None) -> bytes:
         """Make it a blob of the store; return its SHA-256, taken over what the file now holds.
@@ -155,14 +177,14 @@ class Partial:
         for offset in range(0, self.length, _BLOCK):
             hasher.update(os.pread(self._file, _BLOCK, offset))
         digest = self._store._keep(self.path, hasher.digest(), expected)
-        sync_folder(self.path.parent)
+        self._store._sync_folder(self.path.parent)
         self.close()
         return digest
 
     def discard(self) -> None:
         """Remove it, with all that has arrived."""
         self.path.unlink(missing_ok=True)
-        sync_folder(self.path.parent)
+        self._store._sync_folder(self.path.parent)
         self.close()
 
     def close(self) -> None:

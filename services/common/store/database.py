@@ -1,8 +1,8 @@
 """SQLite as this product uses it: every commit is on the disk when `transaction` returns, one process per store.
 
-journal_mode=TRUNCATE with synchronous=FULL: SQLite fsyncs the journal, the database and the truncated
-journal in each commit (in DELETE mode the removal of the journal itself is not fsynced, so a power cut
-could bring it back and undo a commit that was already answered). One file, nothing beside it to forget.
+journal_mode=WAL with synchronous=FULL: a commit is appended to the `-wal` file beside the database and fsynced there,
+once (the rollback journals fsync three times: ADR 0009). SQLite moves it into the database by itself, at the latest
+when the store is closed; until then the two files are one store, and are copied together or not at all (`files`).
 """
 
 import fcntl
@@ -90,7 +90,7 @@ def open_database(path: Path, migrations: Sequence[str], demo: bool | None = Non
             created = not path.exists()
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
             connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-            connection.execute("PRAGMA journal_mode=TRUNCATE")
+            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA foreign_keys=ON")
             _check_pragmas(path, connection)
@@ -104,6 +104,11 @@ def open_database(path: Path, migrations: Sequence[str], demo: bool | None = Non
         os.close(lock_file)
         raise
     return Database(path, connection, lock_file)
+
+
+def files(path: Path) -> list[Path]:
+    """All files that make up the store at `path`, to be copied while no process has it open."""
+    return [file for file in (path, *(Path(f"{path}{suffix}") for suffix in ("-wal", "-journal"))) if file.exists()]
 
 
 def check_durable(path: Path, demo: bool) -> None:
@@ -164,10 +169,10 @@ def _check_pragmas(path: Path, connection: sqlite3.Connection) -> None:
     """P-15: assert that this build of SQLite took the settings that durability rests on."""
     synchronous = connection.execute("PRAGMA synchronous").fetchone()[0]
     journal = connection.execute("PRAGMA journal_mode").fetchone()[0]
-    if synchronous != _FULL or journal != "truncate":
+    if synchronous != _FULL or journal != "wal":
         raise ServiceError(
             Reason.UNSAFE_STORE,
-            f"the store {path} has synchronous={synchronous}, journal_mode={journal}, not {_FULL} and truncate: "
+            f"the store {path} has synchronous={synchronous}, journal_mode={journal}, not {_FULL} and wal: "
             "use an SQLite that supports both",
         )
 
