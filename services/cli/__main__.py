@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, data, demo, gather, ledger, model, policy, predict, site, study, verify
+from services.cli import charter, data, demo, gather, ledger, model, policy, predict, report, site, study, verify
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("predict")(predict.predict)
 app.command("export")(predict.export)
 app.command("passport")(predict.passport)
 app.command("verify")(verify.verify)
+app.command("report")(report.report)
 
 USAGE, REFUSED, BROKEN = 2, 1, 3
 

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.cli import demo_study, federation, passport, synthetic
+from services.cli import demo_study, federation, passport, report, synthetic
 from services.cli.claim import claim_in_words
 from services.cli.drafts import unwritten_model, write_initial
 from services.cli.evidence import administration, collect, place, status
@@ -121,6 +121,7 @@ def demo(  # what a person may choose; each has a default that works
         stop_all(list(running.services.values()))
     run = load_run(output)
     content = passport.write_passport(run, output, {name: _unit(folder) for name, folder in folders.items()})
+    report.write_report(output, output / "report.html")
     _summary(console, content, output, time.monotonic() - started)
 
 
@@ -282,7 +283,8 @@ def _summary(console: Console, content: dict[str, Any], output: Path, seconds: f
     console.print(f"Claimed: {claim_in_words(content['privacy']['claim'], unit)}.", highlight=False)
     if content["study"]["synthetic_data"]:
         console.print("The images were synthetic: drawn, not photographed.")
-    console.print(f"Model, passport and learning curve: {output}\nCheck it: wardround verify {output}", highlight=False)
+    console.print(f"Model, passport and learning curve: {output}", highlight=False)
+    console.print(f"Read it: {output / 'report.html'}\nCheck it: wardround verify {output}", highlight=False)
 
 
 def _pair(text: str, option: str, wanted: str) -> tuple[int, int]:

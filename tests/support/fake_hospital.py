@@ -33,6 +33,7 @@ from wardround.submission.v1 import submission_pb2 as pb
 from wardround.submission.v1.submission_pb2_grpc import UpdateSubmissionServiceStub
 
 Values = Callable[[LaneTable, int], dict[str, np.ndarray]]
+Mark = Callable[[CheckedManifest], LedgerMark]
 
 
 def plain_values(seed: int) -> Values:
@@ -79,7 +80,9 @@ class Update:
 class FakeHospital:
     """One hospital. With `auto` it submits once for every manifest as soon as it sees it."""
 
-    def __init__(self, world: World, id: str, values: Values | None = None, auto: bool = True) -> None:
+    def __init__(
+        self, world: World, id: str, values: Values | None = None, auto: bool = True, mark: Mark | None = None
+    ) -> None:
         self.id = id
         self._world = world
         self.signer = world.sites[id].signer
@@ -87,6 +90,7 @@ class FakeHospital:
         self.charters = [world.documents.charter.digest]
         self.values = values or plain_values(len(id))
         self.auto = auto
+        self.mark = mark or (lambda checked: LedgerMark(checked.core.round, os.urandom(32)))
         self.seen: list[round_pb2.WatchRoundsResponse] = []
         self.receipts: dict[bytes, Signed] = {}
         self.refusals: list[ServiceError] = []
@@ -202,8 +206,7 @@ class FakeHospital:
         )
         coms = tuple(masking.commitment(checked.M, self.id, piece, seed) for piece, seed in enumerate(seeds))
         lanes = checked.table.total_lanes
-        mark = LedgerMark(checked.core.round, os.urandom(32))
-        header = Header(checked.M, self.id, lanes, coms, digests, vector.result(), mark)
+        header = Header(checked.M, self.id, lanes, coms, digests, vector.result(), self.mark(checked))
         return Update(checked, self.signer.sign("header", encode(header)), boxes, chunks)
 
     def submit(self, update: Update, parts: Iterator[pb.SubmitUpdateRequest] | None = None) -> Signed:
