@@ -14,11 +14,10 @@ from typing import Any
 
 from cryptography import x509
 
-from services.common.documents.charter import LoadedCharter, load_charter, load_signatures
-from services.common.documents.pin import load_pin, select
+from services.common.documents.charter import LoadedCharter, load_signatures
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
-from services.common.documents.site import load_signer, read
+from services.common.documents.site import PinnedCharters, load_signer, read
 from services.common.documents.strict import peek
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
@@ -112,9 +111,8 @@ def _load_config(path: Path) -> tuple[Role, Any]:
 
 
 def _charter(config: Any, role: Role) -> LoadedCharter:
-    charters = [load_charter(read(path), path.name) for path in config.charters]
-    pinned = select(load_pin(read(config.pins), config.pins.name), charters)
-    member = pinned.current.find(config.id)
+    current, *_ = PinnedCharters(config, lambda roster: None).read()
+    member = current.find(config.id)
     if member is None or member[0] is not role:
         listed = "not listed" if member is None else f"a {member[0].value}"
         raise ServiceError(
@@ -124,8 +122,8 @@ def _charter(config: Any, role: Role) -> LoadedCharter:
         )
     signatures = getattr(config, "charter_signatures", None)
     if signatures is not None:
-        load_signatures(read(signatures), pinned.current, signatures.name)
-    return pinned.current
+        load_signatures(read(signatures), current, signatures.name)
+    return current
 
 
 def _identity(path: Path, id: str, charter: LoadedCharter | None) -> str:
@@ -136,7 +134,9 @@ def _identity(path: Path, id: str, charter: LoadedCharter | None) -> str:
             Reason.INVALID_DOCUMENT,
             f"{path} is not the key of {id} in the charter: use the key that signed its join.yaml",
         )
-    if path.stat().st_mode & 0o077:
+    held = path.stat()
+    # In Kubernetes root owns the file, and this process reads it as a member of its pod's own group.
+    if held.st_mode & (0o077 if held.st_uid == os.getuid() else 0o007):
         return f"?{path} may be read by others: chmod 600 {path}"
     return f"{path} fits the charter" if member is not None else f"{path}"
 

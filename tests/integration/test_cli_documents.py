@@ -303,7 +303,8 @@ def make_config(consortium: Path, folder: Path) -> Path:
     (folder / "data" / "metadata.csv").write_text("image_id,path,patient_id,label\na,a.png,p1,benign\n")
     config = folder / "hospital.yaml"
     config.write_text(
-        f"id: alice\ncharters: [{charter}]\npins: {folder}/pin.yaml\nidentity_key: {folder}/keys/identity.pem\n"
+        f"id: alice\ncharters: [{charter}, {folder}/next.yaml]\npins: {folder}/pin.yaml\n"
+        f"identity_key: {folder}/keys/identity.pem\n"
         f"tls: {{certificate: {folder}/keys/tls.pem, key: {folder}/keys/tls-key.pem}}\nstate: {folder}/state\n"
         f'aggregator: "127.0.0.1:1"\nadmin_socket: {folder}/admin.sock\npolicy: {folder}/policy.yaml\n'
         f"data: {folder}/data\n"
