@@ -82,12 +82,17 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
             attempt=state.attempt,
             through_round=plan.target,
             model_version=state.version,
-            hospitals_enrolled=snapshot.hospitals,
+            hospitals_enrolled=len(snapshot.watching),
             hospitals_submitted=len(state.submissions),
-            pods_live=snapshot.pods,
+            pods_live=len(snapshot.live),
             detail="; ".join(filter(None, (now, self._plans.note))),
             figures=run.figures,
             finished=state.phase is Phase.FINISHED,
+            waiting="; ".join(filter(None, (snapshot.waiting, self._plans.note))),
+            members=_members(snapshot),
+            study_name=run.study.document.name,
+            pods_quorum=run.rules.roster.committee.quorum,
+            hospitals_minimum=run.rules.minimum,
         )
 
 
@@ -106,6 +111,23 @@ class PlanServicer(admin_pb2_grpc.PlanServiceServicer):
         detail = self._plans.receive(first.digest, first.size, chunks)
         self._coordinator.follow(self._plans.adopt())
         return admin_pb2.PushModelResponse(detail=detail)
+
+
+def _members(snapshot: Snapshot) -> list[admin_pb2.MemberStatus]:
+    """Everybody whom the charter of the newest round lists, pods first."""
+    roster, state = snapshot.run.rules.roster, snapshot.state
+    found = []
+    for pod in roster.pods:
+        phase = "live" if pod.id in snapshot.live else "connected" if pod.id in snapshot.connected else "away"
+        found.append(admin_pb2.MemberStatus(role="pod", id=pod.id, phase=phase))
+    for hospital in sorted(roster.hospitals):
+        phase = "watching" if hospital in snapshot.watching else "away"
+        if hospital in state.submissions:
+            phase = "submitted"
+        elif hospital in state.declined:
+            phase = f"declined: {state.declined[hospital]}"
+        found.append(admin_pb2.MemberStatus(role="hospital", id=hospital, phase=phase))
+    return found
 
 
 def _stream(path: str, file: File) -> Iterator[admin_pb2.ExportEvidenceResponse]:

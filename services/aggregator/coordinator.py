@@ -37,8 +37,14 @@ class Snapshot:
     plan: Plan
     closed_round: int
     waiting: str
-    pods: int  # connected and signing
-    hospitals: int  # watching
+    connected: frozenset[str]  # pods, signing or not
+    live: frozenset[str]  # pods that are connected and sign
+    watching: frozenset[str]  # hospitals
+
+    @property
+    def around(self) -> tuple[object, ...]:
+        """What may change while the state stays."""
+        return self.run, self.plan, self.waiting, self.connected, self.live, self.watching
 
 
 class Enrolment:
@@ -273,12 +279,7 @@ class Coordinator:
             held = frozenset(self._held) if self._held_of == run.state.M else frozenset()
             before, now = self._snapshot, self._look()
             # The state is compared by identity: equality would walk every submission of every hospital.
-            if before.state is not now.state or (before.run, before.waiting, before.pods, before.hospitals) != (
-                now.run,
-                now.waiting,
-                now.pods,
-                now.hospitals,
-            ):
+            if before.state is not now.state or before.around != now.around:
                 self._snapshot = now
                 for told in list(self._watchers.values()):
                     told(self._snapshot)
@@ -287,9 +288,9 @@ class Coordinator:
         return self.committee.send(asked, run.rules.roster, self.now(), relay)
 
     def _look(self) -> Snapshot:
-        run, reports = self.run, self.enrolment.reports()
-        pods = len(self.committee.live())
-        return Snapshot(run, run.state, self._plan, run.closed_round, run.waiting, pods, len(reports))
+        run, connected = self.run, frozenset(self.committee.reports())
+        live, watching = self.committee.live(), frozenset(self.enrolment.reports())
+        return Snapshot(run, run.state, self._plan, run.closed_round, run.waiting, connected, live, watching)
 
     def _show(self) -> None:
         """For scrapers, in their threads: from the published state."""
@@ -302,4 +303,4 @@ class Coordinator:
         metrics.show_members(roster, run.charters(), self.committee.reports(), self.enrolment.reports())
         metrics.TARGET.set(shown.plan.target)
         metrics.COHORT_MINIMUM.set(run.rules.minimum)
-        metrics.PODS_LIVE.set(shown.pods)
+        metrics.PODS_LIVE.set(len(shown.live))

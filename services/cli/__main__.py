@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, data, demo, gather, ledger, model, policy, predict, report, site, study, verify
+from services.cli import charter, data, demo, gather, ledger, model, policy, predict, report, site, study, verify, watch
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("export")(predict.export)
 app.command("passport")(predict.passport)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)
+app.command("watch")(watch.watch)
 
 USAGE, REFUSED, BROKEN = 2, 1, 3
 

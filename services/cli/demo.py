@@ -21,7 +21,7 @@ from services.cli.claim import claim_in_words
 from services.cli.drafts import unwritten_model, write_initial
 from services.cli.evidence import administration, collect, place, status
 from services.cli.federation import Federation
-from services.cli.live import SiteView, Snapshot, View
+from services.cli.live import SiteView, Snapshot, View, snapshot_of
 from services.cli.processes import Service, stop_all, wait_for_file
 from services.cli.run import load_run, write_sums
 from services.cli.study import Mechanism
@@ -255,10 +255,7 @@ def _snapshot(running: Running, now: admin_pb2.Status, rounds: int, dead: set[st
         figures = dict(found.figures) if found is not None else {}
         spent, left, solo = (figures.get(f"epsilon_{name}") for name in ("spent", "left", "solo"))
         views.append(SiteView(site.id, site.role.value, phase, spent, left, solo))
-    quality = {k: v for k, v in now.figures.items() if k in ("balanced_accuracy", "accuracy", "macro_auc")}
-    return Snapshot(
-        now.phase, now.round, rounds, now.attempt, now.model_version, now.hospitals_submitted, tuple(views), quality
-    )
+    return snapshot_of(now, tuple(views), rounds)
 
 
 def _summary(console: Console, content: dict[str, Any], output: Path, seconds: float) -> None:

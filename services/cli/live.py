@@ -12,6 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from wardround.admin.v1 import admin_pb2
+
+RELEASED = ("balanced_accuracy", "accuracy", "macro_auc")
+
 
 @dataclass(frozen=True)
 class SiteView:
@@ -53,7 +57,26 @@ class Snapshot:
         elif spent:
             parts.append("ε not bounded")
         parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(self.figures.items())]
-        return " · ".join(parts)
+        return " · ".join([*parts, *self.notes])
+
+
+def snapshot_of(
+    now: admin_pb2.Status, sites: tuple[SiteView, ...] | None = None, rounds: int | None = None
+) -> Snapshot:
+    """The aggregator's status as the view shows it; `sites` where more is known of them than the aggregator knows."""
+    seen = tuple(SiteView(member.id, member.role, member.phase) for member in now.members)
+    quality = {name: value for name, value in now.figures.items() if name in RELEASED}
+    return Snapshot(
+        phase=now.phase,
+        round=now.round,
+        rounds=now.through_round if rounds is None else rounds,
+        attempt=now.attempt,
+        version=now.model_version,
+        submitted=now.hospitals_submitted,
+        sites=seen if sites is None else sites,
+        figures=quality,
+        notes=(now.waiting,) if now.waiting else (),
+    )
 
 
 class View:
@@ -100,17 +123,13 @@ class View:
             f"{snapshot.submitted} submitted",
         )
         table = Table(expand=True, box=None, pad_edge=False)
-        for column in ("site", "role", "now", "ε spent", "ε_solo", "ε left"):
+        known = any(site.epsilon_spent is not None for site in snapshot.sites)
+        for column in ("site", "role", "now", *(("ε spent", "ε_solo", "ε left") if known else ())):
             table.add_column(column, justify="right" if column.startswith("ε") else "left")
         for site in snapshot.sites:
-            table.add_row(
-                site.name,
-                site.role,
-                site.phase,
-                _number(site.epsilon_spent, math.ceil),
-                _number(site.epsilon_solo, math.ceil),
-                _number(site.epsilon_left, math.floor),
-            )
+            spent = (_number(site.epsilon_spent, math.ceil), _number(site.epsilon_solo, math.ceil))
+            figures_of = (*spent, _number(site.epsilon_left, math.floor)) if known else ()
+            table.add_row(site.name, site.role, site.phase, *figures_of)
         figures = "   ".join(
             f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(snapshot.figures.items())
         )
