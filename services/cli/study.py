@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.claim import claim, claim_in_words, up
+from services.cli.curve import draw, sketch, training_curve
 from services.cli.drafts import DraftChoices, draft_study
 from services.cli.files import refuse_existing, write_new
 from services.common.documents.charter import LoadedCharter, load_charter
@@ -21,11 +22,14 @@ from services.common.documents.costs import (
     round_events,
     spare_rounds,
     study_epsilon,
+    study_events,
 )
 from services.common.documents.emit import emit
 from services.common.documents.shape import check_study, largest_batch, largest_split, round_shape, total_rounds
 from services.common.documents.site import read
-from services.common.documents.study import LoadedStudy, load_study
+from services.common.documents.study import LoadedStudy, Study, load_study
+from services.common.dp.accounting import COARSE, epsilon, epsilon_gaussian_closed_form, epsilon_rdp
+from services.common.dp.prv import epsilon_prv
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(no_args_is_help=True, help="One training programme: what an ethics board approves.")
@@ -47,18 +51,29 @@ def check(
     study: Annotated[Path, typer.Argument(help="the study, exact bytes")],
     charter: Annotated[Path, typer.Option(help="the charter that it would run under")],
     as_json: Annotated[bool, typer.Option("--json", help="figures for a program")] = False,
+    picture: Annotated[Path | None, typer.Option(help="write ε over the rounds as a PNG here")] = None,
 ) -> None:
-    """Hold a study against a charter and show what it costs: ε per round and in total, bytes, rounds.
+    """Hold a study against a charter and show what it costs: ε and ε_solo per round and in total, bytes, rounds.
 
-    Example: wardround study check study.yaml --charter charter.yaml
+    Example: wardround study check study.yaml --charter charter.yaml --picture epsilon.png
     """
     loaded, held = load_study(read(study), str(study)), load_charter(read(charter), str(charter))
     check_study(held, loaded)
-    found = figures(held, loaded)
+    found = figures(held, loaded) | {"accountants": accountants(loaded.document)}
+    curve = training_curve(loaded.document)
+    if picture is not None and curve is not None:
+        draw(curve, loaded.document, picture)
     if as_json:
         print(json.dumps(found, indent=2, sort_keys=True))
-    else:
-        _show(Console(highlight=False, soft_wrap=True), found)
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    _show(console, found)
+    if found["accountants"]:
+        told = ", ".join(f"{name} {up(value, 4)}" for name, value in found["accountants"].items())
+        console.print(f"a training patient's ε with spare rounds, by every accountant: {told}")
+    if curve is not None:
+        for line in sketch(curve.epsilon, "ε of a training patient over the rounds"):
+            console.print(line, markup=False)
 
 
 @app.command()
@@ -129,6 +144,21 @@ def draft(
     console.print(f"{target} and {model} ({document.model.parameters} parameters)")
     _show(console, figures(held, loaded))
     console.print(f"next: edit it, then wardround study check {target} --charter {charter}")
+
+
+def accountants(study: Study) -> dict[str, float]:
+    """ε of a training patient, spare rounds included, by every accountant (privacy.md §7). Empty under `none`.
+
+    The claim rests on the first; the others are there to be compared with it: RDP is the largest.
+    """
+    found, delta = [event.event for event in study_events(study) if event.split == "train"], study.privacy.delta
+    if not found or delta is None:
+        return {}
+    if all(event.sampling_rate == 1 for event in found):
+        figures = {"closed form": epsilon_gaussian_closed_form(found, delta)}
+    else:
+        figures = {"PLD": epsilon(found, delta), "PLD on a coarser grid": epsilon(found, delta, COARSE)}
+    return {**figures, "PRV": epsilon_prv(found, delta, 5e-3), "RDP": epsilon_rdp(found, delta)}
 
 
 def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The way of a consortium by hand: keys, charter, signatures, pins, study, policies, a site that is ready."""
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from services.cli.__main__ import app, main
 from services.common.documents.charter import load_charter, load_signatures
+from services.common.documents.costs import study_epsilon
 from services.common.documents.pin import load_pin
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
@@ -241,7 +243,25 @@ def test_a_quorum_of_pod_owners_signs_the_exact_bytes(consortium: Path, refused:
     )
 
 
-def test_a_drafted_study_stands_and_its_cost_is_told(consortium: Path, run: Run) -> None:
+def test_a_shared_study_is_drafted_with_its_claim_in_full(consortium: Path, tmp_path: Path, run: Run) -> None:
+    """A claim names (ε, δ, adjacency, unit, n_min, k, ε_solo); what is drafted passes its own check."""
+    said = run(
+        "study", "draft", "--charter", consortium / "charter.yaml", "--classes", "benign,malignant", "--rounds", "8",
+        "--image-size", "28", "--mechanism", "shared", "--patients", "300", "--out", tmp_path,
+    )  # fmt: skip
+    study = load_study((tmp_path / "study.yaml").read_bytes()).document
+    assert study.privacy.steps_per_round == 1
+    assert study.privacy.expected_batch == study.privacy.sampling_rate * 300 * len(study.privacy.patients)
+    assert (study.server.strategy, study.training.learning_rate) == ("sgd", None)
+    solo = max(study_epsilon(study, solo=True).values())
+    assert f"ε_solo = {math.ceil(100 * solo) / 100:.2f}" in said
+    assert "at most k = 1 of them collude" in said
+    shown = run("study", "check", tmp_path / "study.yaml", "--charter", consortium / "charter.yaml")
+    assert "patients of a hospital in one step surely never meet the data bound" in shown
+    assert "ε of a training patient over the rounds" in shown
+
+
+def test_a_drafted_study_stands_and_its_cost_is_told(consortium: Path, tmp_path: Path, run: Run) -> None:
     charter = load_charter((consortium / "charter.yaml").read_bytes())
     study = load_study((consortium / "study" / "study.yaml").read_bytes())
     check_study(charter, study)
@@ -258,8 +278,15 @@ def test_a_drafted_study_stands_and_its_cost_is_told(consortium: Path, run: Run)
     lanes = 4 + 1 + study.document.model.parameters
     boxes = 4 * (1120 + 3 * 32 + 16)  # a hybrid box for each pod: encapsulation, its three seeds, tag
     assert found["upload_bytes"]["train"] == 4 * lanes + boxes
-    text = run("study", "check", consortium / "study" / "study.yaml", "--charter", consortium / "charter.yaml")
+    assert found["accountants"]["PRV"] == pytest.approx(found["accountants"]["PLD"], rel=5e-3)
+    assert found["accountants"]["RDP"] > max(found["accountants"]["PLD"], found["accountants"]["PRV"])
+    picture = tmp_path / "epsilon.png"
+    text = run(
+        "study", "check", consortium / "study" / "study.yaml", "--charter", consortium / "charter.yaml",
+        "--picture", picture,
+    )  # fmt: skip
     assert "claimed: ε = 8 at δ = 1e-05 for one patient" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_false_claim_is_refused_in_one_line(consortium: Path, tmp_path: Path, refused: Run) -> None:

@@ -15,6 +15,7 @@ from services.common.dp.accounting import (
     epsilon_rdp,
     solo_event,
 )
+from services.common.dp.prv import epsilon_prv
 from services.common.errors import Reason, ServiceError
 
 DELTA = 1e-5
@@ -59,11 +60,22 @@ def test_prv_agrees_and_rdp_lies_above_both(event: Event) -> None:
     opacus.history = [(event.noise_multiplier, event.sampling_rate, event.steps)]
     prv = opacus.get_epsilon(DELTA, eps_error=0.002)
     assert prv == pytest.approx(ours, rel=5e-3)
+    assert epsilon_prv([event], DELTA, 1e-2) == pytest.approx(ours, rel=5e-4)  # our own, without Opacus
     theirs = RDPAccountant()
     theirs.history = [(event.noise_multiplier, event.sampling_rate, event.steps)]
     rdp = epsilon_rdp([event], DELTA)
     assert rdp == pytest.approx(theirs.get_epsilon(DELTA), rel=2e-2)
     assert rdp > max(ours, prv)
+
+
+def test_the_second_opinion_composes_what_differs_and_knows_its_limits() -> None:
+    mixed = [Event(0.256, 3.358, 20), Event(1.0, 9.0, 3)]
+    assert epsilon_prv(mixed, DELTA, 1e-2) == pytest.approx(epsilon(mixed, DELTA), rel=5e-4)
+    assert epsilon_prv([Event(1.0, 6.22, 20)], DELTA, 1e-2) == pytest.approx(3.0, rel=5e-4)
+    assert epsilon_prv([], DELTA) == 0.0
+    assert epsilon_prv([Event(0.5, 0.0)], DELTA) == math.inf
+    with pytest.raises(ServiceError, match="ask for a larger error"):
+        epsilon_prv([Event(0.5, 0.05, 1000)], DELTA)
 
 
 def hockey_stick(sigma: float, rate: float, exponent: float) -> float:
