@@ -29,12 +29,13 @@ CELLS = {
 
 @dataclass(frozen=True)
 class Point:
-    """`low` and `high` bound the 95 % interval where one is known."""
+    """`low` and `high` bound the 95 % interval where one is known; `faint` where nobody can say how wide it is."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,12 @@ def _series(axes: Axes, one: Series) -> Markup:
         if one.step:
             path = [at[0], *(corner for a, b in pairwise(at) for corner in ((b[0], a[1]), b))]
         parts.append(_line(path, f"h{hue} stroke", _DASHES[one.dash % len(_DASHES)]))
-    parts += [_mark(x, y, hue) for x, y in at]
+    parts += [_mark(x, y, hue, " faint" if point.faint else "") for point, (x, y) in zip(one.points, at, strict=True)]
     return Markup("").join(parts)
 
 
-def _mark(x: float, y: float, hue: int) -> Markup:
-    return _text(x, y + 4, _MARKS[hue], "middle", f"h{hue} mark")
+def _mark(x: float, y: float, hue: int, more: str = "") -> Markup:
+    return _text(x, y + 4, _MARKS[hue], "middle", f"h{hue} mark{more}")
 
 
 def _swatch(one: Series) -> Markup:

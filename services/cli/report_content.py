@@ -167,7 +167,7 @@ def _curve(run: Run, figures: tuple[Released, ...]) -> Picture | None:
 
 def _point(one: Released) -> Point:
     if one.interval is None:
-        return Point(one.version, one.value)
+        return Point(one.version, one.value, faint=True)
     return Point(one.version, one.value, one.interval.low, one.interval.high)
 
 

@@ -49,7 +49,8 @@ class Reliability:
 
 def deviation(study: Study, kind: str, hospitals: int) -> float:
     """Of the noise on one released count of `kind` (train: a gate; final) over a cohort of `hospitals`, in patients."""
-    if study.privacy.mechanism == "none":
+    counted = study.evaluation.gate_rounds if kind == "train" else study.evaluation.final
+    if study.privacy.mechanism == "none" or not counted:
         return 0.0
     noise = gate_noise(study) if kind == "train" else final_noise(study)
     return math.sqrt(hospitals * (noise.scale**2 - ROUNDING_VARIANCE)) / 2.0**noise.fraction_bits

@@ -76,6 +76,8 @@ def test_the_deviation_is_that_of_all_shares_in_patients() -> None:
     assert deviation(study, "train", 4) == pytest.approx(2 * gate.scale / 2**gate.fraction_bits, rel=1e-3)
     assert deviation(study, "final", 9) == pytest.approx(3 * final.scale / 2**final.fraction_bits, rel=1e-3)
     assert deviation(make_study("none").document, "train", 4) == 0.0
+    blind = make_study("local", evaluation={"gate_rounds": (), "gate_noise_multiplier": 0.0}).document
+    assert deviation(blind, "train", 4) == 0.0  # such a study counts nothing in its training rounds
 
 
 def calibrated(patients: int) -> np.ndarray:
