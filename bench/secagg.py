@@ -90,12 +90,14 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def hospital(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[float, float], int]:
-    """Quantise, encode, mask and hash on all cores; bytes of the whole upload."""
+    """Clip, round, encode, mask and hash on all cores; bytes of the whole upload."""
     import numpy as np
 
     from services.common.secagg import masking, sealing
     from services.common.secagg.digests import chunk_digest, vector_digest
-    from services.common.secagg.encoding import encode_vector, quantise
+    from services.common.secagg.encoding import encode_vector
+    from services.common.secagg.ring import CHUNK_BYTES
+    from services.common.secagg.rounding import clip_update
 
     d, lane = row["d"], table.lanes[1]
     # Spread over the range that the bound leaves: sin is a stand-in for an update.
@@ -104,17 +106,20 @@ def hospital(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[flo
     # Stochastic where codes are short, as §6 says.
     rounding = bytes(32) if row["ring_bits"] == 16 else None
 
+    total = table.total_bytes
+
     def work() -> None:
-        x = memoryview(encode_vector(table, {"parameter": quantise(update, lane.fraction_bits, rounding)}))
+        clipped = clip_update(update, 1e9, lane.bound / 2**lane.fraction_bits, rounding)
+        chunks = list(encode_vector(table, {"parameter": clipped}, bytes))
 
         def fill(start: int, out: memoryview) -> None:
-            out[:] = x[start : start + len(out)]
+            out[:] = chunks[start // CHUNK_BYTES]
 
-        vector_digest(len(x), masking.mask_vector(fill, len(x), table.ring, keys, chunk_digest))
+        vector_digest(total, masking.mask_vector(fill, total, table.ring, keys, chunk_digest))
 
     boxes = committee.pods * sealing.box_bytes(1, len(committee.pieces_of(0)))
     header = 350 + 34 * len(committee.pieces) + 40 * committee.pods
-    return seconds(work), table.total_bytes + boxes + header
+    return seconds(work), total + boxes + header
 
 
 def pod(committee: Any, table: Any, row: dict[str, Any]) -> tuple[tuple[float, float], int]:

@@ -19,7 +19,7 @@ from figures import figures
 from numpy.typing import NDArray
 
 from services.common.documents.study import Study, load_study
-from services.common.secagg.encoding import clip_update
+from services.common.secagg.rounding import clip_update
 from services.hospital_node.dataset import Dataset, load_dataset
 from services.hospital_node.evaluation import patient_probabilities
 from services.hospital_node.models import initial_vector
@@ -64,7 +64,8 @@ def federated(study: Study, sites: list[Dataset], compute: Compute, seed: int, q
                 assert result is not None
                 discard_progress(progress)
                 norms.append(float(np.linalg.norm(result.delta)))
-                deltas.append(clip_update(result.delta, study.encoding.update_clip, study.encoding.update_bound))
+                clip = clip_update(result.delta, study.encoding.update_clip, study.encoding.update_bound)
+                deltas.append(np.clip(result.delta * clip.factor, -clip.limit, clip.limit))
             vector = (vector + study.server.learning_rate * np.mean(deltas, axis=0)).astype(np.float32)
             rounds.append(judge(vector, sites, study, compute))
             if not quiet:

@@ -15,7 +15,7 @@ from services.aggregator.vectors import reading
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.digests import VectorDigest
 from services.common.secagg.encoding import LaneTable, check_sentinels, decode_class
-from services.common.secagg.masking import WORKERS, in_order
+from services.common.secagg.parallel import WORKERS, in_order
 from services.common.secagg.ring import BLOCK_BYTES, CHUNK_BYTES, I64, U8, Ring, RingSum, chunk_lengths
 
 

@@ -1,7 +1,7 @@
 """One round at a hospital, resumable at every step (protocol.md §4 steps 4, 5, 10; §5 P-10; privacy.md L-1, L-2).
 
 `advance` is called with the aggregator's newest claim, again and again; what is done already is found in the store.
-    consent → model → evaluation and training → x on disk → [manifest] → checks → y, boxes on disk
+    consent → model → evaluation and training → x on disk → [manifest] → checks → y made, its seeds on disk
     → ONE transaction {pending record, debit} → upload → receipt → [result] → membership → scrub
 Killed anywhere: a pending record is sent again byte for byte; x is reused under the next attempt with an abandon
 certificate; before that a new vector is drawn. `checkpoint(name)` is
@@ -10,23 +10,19 @@ Not here: the loop and its threads (node.py), what makes an attempt valid (attem
 """
 
 import datetime
-import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from services.common.clock import Clock
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.shape import RoundShape, check_study, core_for, round_shape, total_rounds
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
+from services.common.secagg import sealing
 from services.common.secagg.certificate import CheckedManifest, check_manifest, check_receipt
 from services.common.secagg.messages import LedgerMark
-from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.attempt import check_attempt
@@ -38,7 +34,8 @@ from services.hospital_node.release import Counts, encode_round, round_debits, s
 from services.hospital_node.results import follow_results
 from services.hospital_node.spending import Caps
 from services.hospital_node.store import Store, Submission, Vector
-from services.hospital_node.submission import mask, sign_header
+from services.hospital_node.submission import mask, masked_chunks, sign_header
+from services.hospital_node.vectorfile import checking_vector, damaged, reading_vector, write_vector
 
 _log = logging.getLogger(__name__)
 _HEADER_ROOM = 1 << 20  # a model file is its numbers and at most this much safetensors header
@@ -74,7 +71,7 @@ class Participation:
         self._checkpoint = checkpoint
         self.progress = Progress()
         self._studies: dict[bytes, LoadedStudy] = {}
-        self._drawn: tuple[Vector, bytearray] | None = None  # the newest x, until it is masked or its round is over
+        self._drawn: Vector | None = None  # x that this life wrote: masked once without being looked at again
         self._shown: tuple[bytes, bytes, LedgerMark] | None = None  # what `progress.figures` were computed from
 
     def advance(self, state: RoundState, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -96,7 +93,6 @@ class Participation:
         self._figures(study)
         self._follow(study, state)
         if self.store.scrub(study.digest, state.closed_round):
-            self._drawn = None
             self._checkpoint("scrubbed")
         if state.phase is Phase.FINISHED:
             self.progress.figures |= {"rounds_left": 0.0, "rounds_planned": 0.0}
@@ -171,6 +167,12 @@ class Participation:
         kept = self.store.vector(study.digest, state.round)
         if kept is not None and (kept.charter, kept.model) == (charter.digest, state.model):
             return kept
+        if kept is not None and any(sent.round == state.round for sent in self.store.sent(study.digest)):
+            raise ServiceError(
+                Reason.WRONG_CORE,
+                f"round {state.round} has another charter or model than the vector that was submitted in it (P-16): "
+                "nothing is trained, the vector is kept",
+            )
         self._say("fetching", "downloading the model")
         path = self._model(state.model, study)
         self._checkpoint("model-fetched")
@@ -182,12 +184,12 @@ class Participation:
             if update is None:
                 return None
         self._checkpoint("trained")
-        packed = encode_round(study.document, shape, update, counts, lambda: secrets.token_bytes(32))
-        stored = self.store.blobs.write([packed])
+        chunks = encode_round(study.document, shape, update, counts, lambda: secrets.token_bytes(32))
+        stored = write_vector(self.store.blobs, shape.table.total_bytes, chunks)
         self._checkpoint("vector-stored")
         vector = Vector(study.digest, state.round, secrets.token_hex(16), charter.digest, state.model, stored)
         self.store.keep_vector(vector)
-        self._drawn = vector, packed
+        self._drawn = vector
         self._trainer.forget()
         self._checkpoint("vector-kept")
         return vector
@@ -220,8 +222,14 @@ class Participation:
     def _pend(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, checked: CheckedManifest) -> Submission:
         """Mask, then debit and pending record in ONE transaction, before the first byte leaves (L-1)."""
         round_number, attempt = checked.core.round, checked.proposal.attempt
-        packed = self._read(vector)
-        masked = mask(packed, checked, self.hospital, self.store.blobs.write)
+        drawn, self._drawn = self._drawn, None
+        with (
+            reading_vector(self.store.blobs, vector.x)
+            if drawn == vector
+            else checking_vector(self.store.blobs, vector.x, checked.table.total_bytes)
+        ) as fill:
+            masked = mask(fill, checked, self.hospital)
+        seeds = self.store.blobs.write([sealing.pack_seeds(masked.seeds)])
         self._checkpoint("masked")
         shape = round_shape(charter, study, round_number)
         debits = round_debits(study, shape, vector.model, vector.name, attempt=attempt, manifest=checked.M)
@@ -243,7 +251,7 @@ class Participation:
                 header_digest=digest("header", header.blob),
                 boxes=masked.boxes,
                 chunk_digests=masked.chunk_digests,
-                y=masked.y,
+                seeds=seeds,
                 vector=masked.vector,
             )
             self.store.pend(connection, pending)
@@ -254,42 +262,34 @@ class Participation:
         self.store.scrub(study.digest, round_number - 1)
         return pending
 
-    def _read(self, vector: Vector) -> npt.NDArray[np.uint8]:
-        """x, whole. A damaged one is dropped, so that the next attempt draws a new vector with a new debit."""
-        drawn, self._drawn = self._drawn, None
-        if drawn is not None and drawn[0] == vector:
-            return np.frombuffer(drawn[1], np.uint8)
-        packed = self.store.blobs.path(vector.x).read_bytes()
-        if hashlib.sha256(packed).digest() != vector.x:
-            self.store.blobs.delete(vector.x)
-            raise ServiceError(
-                Reason.STORAGE, f"the vector of round {vector.round} is damaged on the disk: check the volume"
-            )
-        return np.frombuffer(packed, np.uint8)
-
     def _upload(self, pending: Submission, charter: LoadedCharter, fresh: bool = False) -> None:
-        """Send a pending record, from the chunk that the aggregator lacks, byte for byte what was stored.
+        """Send a pending record, from the chunk that the aggregator lacks, byte for byte what was first made.
 
         `fresh`: it was made just now, so the aggregator lacks all of it and need not be asked.
         """
         self._say("submitting", "uploading the masked vector")
+        checked = check_manifest(pending.manifest_blob, charter.roster)
         next_chunk, receipt = (
             (0, None) if fresh else self._client.upload_status(pending.manifest, pending.header_digest)
         )
         if receipt is None:
             upload = Upload(pending.header, pending.boxes, pending.chunk_digests)
-            receipt = self._client.submit(upload, next_chunk, self._chunks(pending.y, next_chunk))
+            receipt = self._client.submit(upload, next_chunk, self._chunks(pending, checked, next_chunk))
             self._checkpoint("uploaded")
-        checked = check_manifest(pending.manifest_blob, charter.roster)
         check_receipt(receipt, checked, pending.header, self.hospital, pending.vector)
         self.store.keep_receipt(pending.manifest, receipt)
         self._checkpoint("receipt-kept")
         self._say("submitted", "the aggregator has this round's vector; its receipt is stored")
 
-    def _chunks(self, y: bytes, first: int) -> Iterator[bytes]:
-        with self.store.blobs.open(y) as file:
-            file.seek(first * CHUNK_BYTES)
-            while chunk := file.read(CHUNK_BYTES):
+    def _chunks(self, pending: Submission, checked: CheckedManifest, first: int) -> Iterator[bytes]:
+        """y from chunk `first` on, made again from x and the seeds that were stored before it first left."""
+        vector = self.store.vector(pending.study, pending.round)
+        if vector is None or vector.name != pending.vector_name or not self.store.blobs.has(pending.seeds):
+            raise damaged()
+        packed = self.store.blobs.path(pending.seeds).read_bytes()
+        seeds = sealing.unpack_seeds(packed, len(checked.roster.committee.pieces))
+        with reading_vector(self.store.blobs, vector.x) as fill:
+            for chunk in masked_chunks(fill, checked, self.hospital, seeds, pending.chunk_digests, first):
                 yield chunk
                 self._checkpoint("chunk-sent")
 

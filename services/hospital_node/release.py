@@ -7,7 +7,7 @@ noise, or a debit that does not cover a lane, is a leak; so lanes and debits are
 Not here: masking (submission.py), when a debit is due (participate.py), the table itself (documents.shape).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,8 +21,10 @@ from services.common.documents.shape import RoundShape, round_shape, total_round
 from services.common.documents.study import LoadedStudy, Study
 from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.errors import Reason, ServiceError
-from services.common.secagg.encoding import LaneTable, clip_update, encode_vector, quantise
+from services.common.secagg.digests import with_digest
+from services.common.secagg.encoding import LaneTable, encode_vector
 from services.common.secagg.messages import LaneClass
+from services.common.secagg.rounding import Reals, clip_update
 from services.hospital_node.events import Debit, Joined, Planned
 
 I64 = npt.NDArray[np.int64]
@@ -60,18 +62,23 @@ def split_of(name: str) -> str:
     return {"parameter": "train", "gate": "validation", "confusion": "test", "histogram": "test"}[name]
 
 
-def encode_round(study: Study, shape: RoundShape, update: object, counts: Counts | None, keys: Keys) -> bytearray:
-    """x: the packed vector of this round. `update` is what `Trainer.train` gave (d floats) in a training round.
+def encode_round(
+    study: Study, shape: RoundShape, update: object, counts: Counts | None, keys: Keys
+) -> Iterator[tuple[bytes, bytes]]:
+    """x, the packed vector of this round: its chunks, each with its digest.
 
-    Raises NOT_FINITE for a failed training and OUT_OF_BOUND for a count beyond its lane: nothing is sent then. Under
-    `shared` neither can happen: what is not finite counts as zero, what is beyond a lane's data bound is projected.
+    `update` is what `Trainer.train` gave (d floats) in a training round. Raises NOT_FINITE for a failed training and
+    OUT_OF_BOUND for a count beyond its lane: nothing is sent then. Under `shared` neither can happen: what is not
+    finite counts as zero, what is beyond a lane's data bound is projected.
     """
     table, noises, shared = shape.table, lane_noises(study, shape), study.privacy.mechanism == "shared"
     names = {lane.name for lane in table.lanes}
-    values: dict[str, I64] = {"weight": np.ones(1, np.int64)}
+    values: dict[str, I64 | Reals] = {"weight": np.ones(1, np.int64)}
     if "parameter" in names:
-        lanes = _gradient_lanes if shared else _update_lanes
-        values["parameter"] = lanes(study, table, np.asarray(update), keys)
+        given = np.asarray(update)
+        values["parameter"] = (
+            _gradient_lanes(study, table, given, keys) if shared else _update_lanes(study, table, given, keys)
+        )
     if "gate" in names:
         exact = np.concatenate([_need(counts).hits, _need(counts).totals])
         values["gate"] = _count_lanes(table.lane_class("gate"), exact, noises.get("gate"), keys, project=shared)
@@ -81,7 +88,7 @@ def encode_round(study: Study, shape: RoundShape, update: object, counts: Counts
             values[name] = _count_lanes(table.lane_class(name), exact, noises.get(name), keys, project=shared)
     # Noise is within the bounds of the table (data bound + 12 S): under `local` a value beyond them is a bug, never
     # wrapped; under `shared` nothing is looked at after the noise.
-    return encode_vector(table, values, noised=shared)
+    return encode_vector(table, values, with_digest, noised=shared)
 
 
 def round_debits(
@@ -175,13 +182,12 @@ def lane_noises(study: Study, shape: RoundShape) -> dict[str, Noise]:
     return found
 
 
-def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> I64:
+def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> Reals:
     lane = _parameters(table, update)
     encoding = study.encoding
-    clipped = clip_update(update, encoding.update_clip, encoding.update_bound)
     # protocol.md §6: unbiased stochastic rounding for codes of at most 16 bits without DP noise, else to the nearest.
     stochastic = study.privacy.mechanism == "none" and lane.bound < 2**15
-    return quantise(clipped, lane.fraction_bits, keys() if stochastic else None)
+    return clip_update(update, encoding.update_clip, encoding.update_bound, keys() if stochastic else None)
 
 
 def _gradient_lanes(study: Study, table: LaneTable, total: npt.NDArray[np.floating], keys: Keys) -> I64:

@@ -27,7 +27,7 @@ CREATE TABLE submissions (
     study BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, manifest BLOB NOT NULL UNIQUE,
     manifest_blob BLOB NOT NULL, charter BLOB NOT NULL, core BLOB NOT NULL, vector_name TEXT NOT NULL,
     header BLOB NOT NULL, header_signature BLOB NOT NULL, header_digest BLOB NOT NULL, boxes BLOB NOT NULL,
-    chunk_digests BLOB NOT NULL, y BLOB NOT NULL, vector BLOB NOT NULL,
+    chunk_digests BLOB NOT NULL, seeds BLOB NOT NULL, vector BLOB NOT NULL,
     receipt BLOB, receipt_signature BLOB, scrubbed INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (study, round, attempt)
 ) STRICT;
@@ -44,7 +44,7 @@ DATABASE = "hospital.sqlite"
 MIGRATIONS = (ledger.SCHEMA, SCHEMA)
 _SELECT = (
     "SELECT study, round, attempt, manifest, manifest_blob, charter, core, vector_name, header, header_signature, "
-    "header_digest, boxes, chunk_digests, y, vector, receipt, receipt_signature FROM submissions"
+    "header_digest, boxes, chunk_digests, seeds, vector, receipt, receipt_signature FROM submissions"
 )
 _OF_STUDY = _SELECT + " WHERE study = ? ORDER BY round, attempt"
 _OF_MANIFEST = _SELECT + " WHERE manifest = ?"
@@ -66,7 +66,7 @@ class Vector:
 class Submission:
     """A pending record: all that a crash must send again byte for byte. `receipt` once the aggregator holds it.
 
-    `y` names the stored blob, `vector` is the digest of y that the header carries.
+    `seeds` names the blob of those that with x make y again; `vector` is the digest of y that the header carries.
     """
 
     study: bytes
@@ -81,7 +81,7 @@ class Submission:
     header_digest: bytes
     boxes: tuple[bytes, ...] = field(repr=False)
     chunk_digests: tuple[bytes, ...] = field(repr=False)
-    y: bytes = field(repr=False)
+    seeds: bytes = field(repr=False)
     vector: bytes
     receipt: Signed | None = field(default=None, repr=False)
 
@@ -106,7 +106,7 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove vectors that a crash left without their row: nobody would ever scrub them."""
-        rows = self.database.query("SELECT x FROM vectors UNION SELECT y FROM submissions")
+        rows = self.database.query("SELECT x FROM vectors UNION SELECT seeds FROM submissions")
         known = {digest.hex() for (digest,) in rows}
         for file in (self.blobs.folder / "blobs").iterdir():
             if file.name not in known:
@@ -154,7 +154,7 @@ class Store:
                 pending.header_digest,
                 encode(_Boxes(tuple(map(_Box, pending.boxes)))),
                 b"".join(pending.chunk_digests),
-                pending.y,
+                pending.seeds,
                 pending.vector,
             ),
         )
@@ -193,10 +193,10 @@ class Store:
             )
 
     def scrub(self, study: bytes, through_round: int) -> int:
-        """Remove x, y and boxes of every round up to this one; rows stay. Returns how many vectors went."""
+        """Remove x, seeds and boxes of every round up to this one; rows stay. Returns how many vectors went."""
         rows = self.database.query(
             "SELECT x FROM vectors WHERE study = ? AND round <= ? AND scrubbed = 0 UNION ALL "
-            "SELECT y FROM submissions WHERE study = ? AND round <= ? AND scrubbed = 0",
+            "SELECT seeds FROM submissions WHERE study = ? AND round <= ? AND scrubbed = 0",
             (study, through_round) * 2,
         )
         if rows:
@@ -257,7 +257,7 @@ class _Boxes:
 
 def _submission(row: tuple[Any, ...]) -> Submission:
     study, number, attempt, manifest, manifest_blob, charter, core, name, *rest = row
-    header, signature, header_digest, boxes, digests, y, vector, receipt, receipt_signature = rest
+    header, signature, header_digest, boxes, digests, seeds, vector, receipt, receipt_signature = rest
     return Submission(
         study=study,
         round=number,
@@ -271,7 +271,7 @@ def _submission(row: tuple[Any, ...]) -> Submission:
         header_digest=header_digest,
         boxes=tuple(box.sealed for box in decode(_Boxes, boxes).boxes),
         chunk_digests=tuple(digests[at : at + 32] for at in range(0, len(digests), 32)),
-        y=y,
+        seeds=seeds,
         vector=vector,
         receipt=None if receipt is None else Signed(receipt, receipt_signature),
     )

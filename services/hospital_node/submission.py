@@ -1,29 +1,29 @@
 """From the packed vector x to what leaves: masks, boxes, commitments (protocol.md §4 step 5, §10).
 
-Dangers: seeds are drawn here, once for each attempt, and live no longer than `mask`; masking two vectors with
-one seed would open both. Nothing here depends on data but y (P-6).
+y is never stored: x and the seeds of an attempt make it again, bit by bit (ADR 0010).
+Dangers: seeds are drawn here, once for each attempt; masking two vectors with one seed would open both, so no chunk
+leaves that is not the one first made. Nothing here depends on data but y (P-6).
 """
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from services.common.secagg import masking, sealing
 from services.common.secagg.blob import encode
 from services.common.secagg.certificate import CheckedManifest
-from services.common.secagg.digests import chunk_digest, vector_digest
+from services.common.secagg.digests import chunk_digest, vector_digest, with_digest
 from services.common.secagg.messages import BoxDigest, Header, LedgerMark, Signed
 from services.common.secagg.signing import Signer
+from services.hospital_node.vectorfile import damaged
 
 
 @dataclass(frozen=True)
 class Masked:
-    """One vector masked for one attempt; `y` is the digest under which `keep` stored it."""
+    """One vector masked for one attempt. y itself is x plus the streams of `seeds`, which live as long as x does."""
 
-    y: bytes
-    total_bytes: int
+    seeds: tuple[bytes, ...] = field(repr=False)
     vector: bytes
     chunk_digests: tuple[bytes, ...] = field(repr=False)
     commitments: tuple[bytes, ...] = field(repr=False)
@@ -31,47 +31,54 @@ class Masked:
     pods: tuple[int, ...]
 
 
-def mask(x: Any, checked: CheckedManifest, hospital: str, keep: Callable[[Iterator[bytes]], bytes]) -> Masked:
-    """Mask `x` (packed lanes, a contiguous buffer) with fresh seeds and seal these to the manifest's pods.
-
-    `keep` stores the chunks of y durably and returns the stored blob's digest.
-    """
-    committee, manifest = checked.roster.committee, checked.M
+def mask(fill: masking.Fill, checked: CheckedManifest, hospital: str) -> Masked:
+    """Mask x, which `fill` reads, with fresh seeds, and seal these to the manifest's pods."""
+    committee, table = checked.roster.committee, checked.table
     seeds = tuple(secrets.token_bytes(sealing.SEED_BYTES) for _ in committee.pieces)
-    keys = [masking.stream_key(seed, manifest, hospital, j) for j, seed in enumerate(seeds)]
-    packed = memoryview(x).cast("B")
-    total, digests = packed.nbytes, []
-
-    def fill(start: int, out: memoryview) -> None:
-        out[:] = packed[start : start + len(out)]
-
-    def take(chunk: memoryview) -> tuple[bytes, bytes]:
-        return bytes(chunk), chunk_digest(chunk)
-
-    def chunks() -> Iterator[bytes]:
-        for chunk, digest in masking.mask_vector(fill, total, checked.table.ring, keys, take):
-            digests.append(digest)
-            yield chunk
-
-    stored = keep(chunks())
+    keys = _keys(seeds, checked.M, hospital)
+    digests = tuple(masking.mask_vector(fill, table.total_bytes, table.ring, keys, chunk_digest))
     boxes = tuple(
         sealing.seal(
             commitment.suite,
             commitment.sealing_key,
             sealing.pack_seeds(seeds[j] for j in committee.pieces_of(pod)),
-            sealing.box_info(manifest, hospital, pod),
+            sealing.box_info(checked.M, hospital, pod),
         )
         for pod, commitment in checked.commitments.items()
     )
     return Masked(
-        y=stored,
-        total_bytes=total,
-        vector=vector_digest(total, digests),
-        chunk_digests=tuple(digests),
-        commitments=tuple(masking.commitment(manifest, hospital, j, seed) for j, seed in enumerate(seeds)),
+        seeds=seeds,
+        vector=vector_digest(table.total_bytes, digests),
+        chunk_digests=digests,
+        commitments=tuple(masking.commitment(checked.M, hospital, j, seed) for j, seed in enumerate(seeds)),
         boxes=boxes,
         pods=tuple(checked.commitments),
     )
+
+
+def masked_chunks(
+    fill: masking.Fill,
+    checked: CheckedManifest,
+    hospital: str,
+    seeds: Sequence[bytes],
+    digests: Sequence[bytes],
+    first: int,
+) -> Iterator[bytes]:
+    """The chunks of y from number `first` on, made again from x and the stored seeds.
+
+    Each is held against its digest of the first time BEFORE it is handed on: another x under the same seeds would
+    open both. Raises STORAGE.
+    """
+    table, keys = checked.table, _keys(seeds, checked.M, hospital)
+    chunks = masking.mask_vector(fill, table.total_bytes, table.ring, keys, with_digest, first_chunk=first)
+    for (chunk, digest), expected in zip(chunks, digests[first:], strict=True):
+        if digest != expected:
+            raise damaged()
+        yield chunk
+
+
+def _keys(seeds: Sequence[bytes], manifest: bytes, hospital: str) -> list[bytes]:
+    return [masking.stream_key(seed, manifest, hospital, j) for j, seed in enumerate(seeds)]
 
 
 def sign_header(masked: Masked, checked: CheckedManifest, hospital: str, mark: LedgerMark, signer: Signer) -> Signed:

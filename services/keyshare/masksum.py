@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from services.common.secagg.digests import chunk_digest
+from services.common.secagg.digests import chunk_digest, with_digest
 from services.common.secagg.encoding import LaneTable
 from services.common.secagg.masking import sum_streams
 from services.common.secagg.ring import chunk_lengths
@@ -19,13 +19,15 @@ def sum_chunks(
     Without `keep` the lanes are empty: a digest needs none. Raises MALFORMED outside the vector.
     """
 
-    def take(chunk: memoryview) -> tuple[bytes, bytes]:
-        return bytes(chunk) if keep else b"", chunk_digest(chunk)
-
+    take = with_digest if keep else _digest_alone
     for index, (data, digest) in enumerate(
         sum_streams(keys, table.ring, table.total_bytes, first, chunks, take), first
     ):
         yield index, data, digest
+
+
+def _digest_alone(chunk: memoryview) -> tuple[bytes, bytes]:
+    return b"", chunk_digest(chunk)
 
 
 def range_bytes(table: LaneTable, first: int, chunks: int) -> int:

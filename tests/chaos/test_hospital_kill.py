@@ -4,7 +4,6 @@ What must hold whatever the step (P-10, L-1): a debit is never lost and never do
 that leave are those of the first life; before it nothing had left; x is drawn once as soon as it is stored.
 """
 
-import hashlib
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from services.common.rpc.unix import dial_admin
+from services.common.secagg.digests import chunk_digest, vector_digest
+from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import digest
 from services.hospital_node.ledger import verify_export
 from services.hospital_node.ports import STEPS
@@ -110,7 +111,7 @@ def test_killed_at_any_step_no_debit_is_lost_or_doubled_and_bytes_are_equal(
         finish(aggregator)
     process.wait_killed()
 
-    first_life = process.rows("SELECT header, boxes, chunk_digests, y FROM submissions")
+    first_life = process.rows("SELECT header, boxes, chunk_digests, seeds FROM submissions")
     debits = process.rows("SELECT sequence, head FROM ledger")
     assert (len(first_life), len(debits)) == ((1, 2) if step in AFTER_DEBIT else (0, 0))  # joined, debited
     if step not in AFTER_DEBIT:
@@ -179,7 +180,9 @@ def test_killed_before_the_receipt_x_is_reused_under_the_next_attempt(
     assert process.trainer.lines().count("train 1") == 1
     assert len(process.rows("SELECT 1 FROM ledger")) == 2  # joined, and one debit
     ((x,),) = process.rows("SELECT x FROM vectors")
-    assert hashlib.sha256(aggregator.open_vector(whole, second)).digest() == x
+    plain = aggregator.open_vector(whole, second)
+    starts = range(0, len(plain), CHUNK_BYTES)
+    assert vector_digest(len(plain), [chunk_digest(plain[at : at + CHUNK_BYTES]) for at in starts]) == x
 
 
 def test_status_and_evidence_over_the_admin_socket(aggregator: FakeAggregator, process: Process) -> None:

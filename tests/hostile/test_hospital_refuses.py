@@ -174,6 +174,61 @@ def test_p16_second_core_for_a_round_is_refused(aggregator: FakeAggregator, site
     assert site.refusal().reason is Reason.WRONG_CORE
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "seeds"])
+def test_p10_masks_never_cover_another_vector_whatever_became_of_the_disk(
+    aggregator: FakeAggregator, site: Site, damage: str
+) -> None:
+    """P-10, L-1: y is made again from x and its seeds; if it is not the y of the header, nothing of it leaves."""
+    aggregator.open_round(1)
+    aggregator.collect()
+    aggregator.hold_receipt = True
+    with pytest.raises(ServiceError):
+        site.step()
+    (opened,) = aggregator.opened
+    aggregator.arrived.clear()  # the aggregator lost all of it
+    (pending,) = site.store.submissions(site.world.study.digest)
+    vector = site.store.vector(pending.study, 1)
+    assert vector is not None
+    x, seeds = site.store.blobs.path(vector.x), site.store.blobs.path(pending.seeds)
+    good, good_seeds = x.read_bytes(), seeds.read_bytes()
+    if damage == "flipped":
+        x.write_bytes(good[:9000] + bytes([good[9000] ^ 1]) + good[9001:])
+    elif damage == "cut":
+        x.write_bytes(good[:-1])
+    elif damage == "gone":
+        x.unlink()
+    else:
+        seeds.write_bytes(bytes(len(good_seeds)))
+    aggregator.hold_receipt = False
+    with pytest.raises(ServiceError) as refused:
+        site.step()
+    assert refused.value.reason is Reason.STORAGE
+    assert not any(arrived.chunks for arrived in aggregator.arrived.values())
+    x.write_bytes(good)
+    seeds.write_bytes(good_seeds)
+    site.reopen()
+    site.step()
+    (whole,) = aggregator.submissions()
+    assert whole.chunks == opened.chunks
+    assert (whole.header, whole.boxes, whole.chunk_digests) == (opened.header, opened.boxes, opened.chunk_digests)
+    assert site.debits() == 1
+
+
+def test_p16_a_submitted_vector_is_not_replaced_under_another_charter(aggregator: FakeAggregator, site: Site) -> None:
+    """P-16: were a new one drawn for the same round, what was submitted could not be sent again."""
+    aggregator.open_round(1)
+    first = aggregator.collect()
+    site.step()
+    aggregator.abandon(first)
+    aggregator.collect(2)
+    with site.store.database.transaction() as connection:  # as if the round had begun under another pinned charter
+        connection.execute("UPDATE vectors SET charter = ?", (derive("another charter"),))
+    kept = site.store.vector(site.world.study.digest, 1)
+    assert site.refusal().reason is Reason.WRONG_CORE
+    assert site.store.vector(site.world.study.digest, 1) == kept
+    assert site.trainer.lines().count("train 1") == 1
+
+
 def test_p10_resubmission_needs_the_abandon_certificate_of_every_sent_attempt(
     aggregator: FakeAggregator, site: Site
 ) -> None:

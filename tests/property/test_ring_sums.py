@@ -12,7 +12,7 @@ from services.common.secagg import masking
 from services.common.secagg.digests import VectorDigest, vector_digest
 from services.common.secagg.ring import BLOCK_BYTES, CHUNK_BYTES, Ring, RingSum, chunk_lengths
 from tests.support import integer_oracle as oracle
-from tests.support.masked import masked
+from tests.support.packed import masked
 
 RINGS = st.sampled_from([16, 24, 32])
 M = hashlib.sha256(b"manifest").digest()

@@ -12,10 +12,11 @@ from services.aggregator.modelfile import check_model_file, rewrite
 from services.aggregator.strategy import Scalars, Step, fedavg
 from services.aggregator.tally import SumCheck, class_blocks, class_sums, unmask
 from services.common.errors import Reason, ServiceError
-from services.common.secagg.encoding import SENTINEL, LaneTable, encode_vector
+from services.common.secagg.encoding import SENTINEL, LaneTable
 from services.common.secagg.messages import LaneClass
 from tests.support import integer_oracle as oracle
 from tests.support.aggregator_world import model_bytes
+from tests.support.packed import encoded
 
 
 def table_of(parameters: int, bits: int, bound: int = 100) -> LaneTable:
@@ -50,7 +51,7 @@ def test_sum_minus_masks_is_the_integer_sum(tmp_path: Path, bits: int, parameter
     masks = [drawn.bytes(table.total_bytes) for _ in range(3)]
     paths = []
     for index, of_one in enumerate(values):
-        y = bytes(encode_vector(table, of_one))
+        y = encoded(table, of_one)
         for mask in masks:
             y = oracle.add([y, mask], bits, table.total_bytes)
         path = tmp_path / f"y{index}"
@@ -79,7 +80,7 @@ def test_sum_minus_masks_is_the_integer_sum(tmp_path: Path, bits: int, parameter
 def test_many_chunks_with_many_workers_keep_their_order(tmp_path: Path, bits: int) -> None:
     table = table_of(1_200_000, bits)
     (values,) = vectors(table, 3, 1)
-    (tmp_path / "y").write_bytes(bytes(encode_vector(table, values)))
+    (tmp_path / "y").write_bytes(encoded(table, values))
     found = b"".join(unmask(table, [tmp_path / "y", tmp_path / "y"], [tmp_path / "y"], workers=3))
     assert found == (tmp_path / "y").read_bytes()
 
@@ -88,7 +89,7 @@ def faulty(lane: str, value: int, size: int = 3) -> str:
     table = table_of(6, 32)
     numbers = {entry.name: np.zeros(entry.values, np.int64) for entry in table.lanes[1:]}
     numbers[lane][0] = value
-    packed = bytearray(encode_vector(table, numbers, noised=True))
+    packed = bytearray(encoded(table, numbers, noised=True))
     packed[:16] = size.to_bytes(4, "little") * 4
     check = SumCheck(table, 3)
     check.add(bytes(packed))
@@ -108,7 +109,7 @@ def test_the_norm_is_held_to_the_clip() -> None:
     check = SumCheck(table, 2)
     numbers = {entry.name: np.zeros(entry.values, np.int64) for entry in table.lanes[1:]}
     numbers["parameter"][:] = 80
-    packed = bytearray(encode_vector(table, numbers))
+    packed = bytearray(encoded(table, numbers))
     packed[:16] = (2).to_bytes(4, "little") * 4
     check.add(bytes(packed))
     check.check_norm(50.0, 100, 3)  # the norm is 10 * sqrt(100) = 100 = 2 * 50
@@ -177,7 +178,7 @@ def test_other_model_files_are_refused(tmp_path: Path, data: bytes) -> None:
 def test_blocks_of_a_class_never_split_a_value(tmp_path: Path) -> None:
     table = table_of(50, 24)
     (values,) = vectors(table, 9, 1)
-    (tmp_path / "sum").write_bytes(bytes(encode_vector(table, values)))
+    (tmp_path / "sum").write_bytes(encoded(table, values))
     blocks = list(class_blocks(table, "gate", tmp_path / "sum", values=3))
     assert [len(block) for block in blocks] == [3, 1]
     assert np.array_equal(

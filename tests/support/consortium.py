@@ -41,7 +41,7 @@ from services.common.secagg.messages import (
 from services.common.secagg.roster import Limits, MemberKey, Roster
 from services.common.secagg.sealing import SealingKey
 from services.common.secagg.signing import Signer, digest
-from tests.support.masked import masked
+from tests.support.packed import masked
 
 NOW = 1_800_000_000_000  # Unix ms
 STUDY = hashlib.sha256(b"a study").digest()

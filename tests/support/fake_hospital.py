@@ -19,12 +19,12 @@ from services.common.secagg import masking, sealing
 from services.common.secagg.blob import encode
 from services.common.secagg.certificate import CheckedManifest, check_endorsed, check_manifest
 from services.common.secagg.digests import VectorDigest, chunk_digest
-from services.common.secagg.encoding import LaneTable, encode_vector
+from services.common.secagg.encoding import LaneTable
 from services.common.secagg.messages import BoxDigest, Header, LedgerMark, Signed
 from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import digest
 from tests.support.aggregator_world import World
-from tests.support.masked import masked
+from tests.support.packed import encoded, masked
 from wardround.model.v1 import model_pb2
 from wardround.model.v1.model_pb2_grpc import ModelDistributionServiceStub
 from wardround.round.v1 import round_pb2
@@ -180,7 +180,7 @@ class FakeHospital:
         place = (checked.core.round, checked.proposal.attempt)
         if place not in self.sent:
             self.sent[place] = self.values(checked.table, checked.core.round)
-        x = encode_vector(checked.table, self.sent[place], noised=True)
+        x = encoded(checked.table, self.sent[place], noised=True)
         return self.mask(checked, bytes(x))
 
     def mask(self, checked: CheckedManifest, x: bytes) -> Update:

@@ -11,7 +11,7 @@ from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
 from services.common.secagg.certificate import CheckedManifest, check_manifest
 from services.common.secagg.cohort import Cohort
-from services.common.secagg.encoding import LaneTable, encode_vector
+from services.common.secagg.encoding import LaneTable
 from services.common.secagg.messages import (
     AbandonCertificate,
     Accepted,
@@ -28,6 +28,7 @@ from services.keyshare.facts import Ref
 from services.keyshare.pod import Pod
 from services.keyshare.store import CustodyStore
 from tests.support.consortium import NOW, STUDY, Consortium, Submission, make_consortium, values_for
+from tests.support.packed import encoded
 
 
 class FakeClock:
@@ -40,7 +41,7 @@ class FakeClock:
 
 def vector(table: LaneTable, hospital: int) -> bytes:
     """x of the hospital with this number."""
-    return bytes(encode_vector(table, values_for(table, hospital)))
+    return encoded(table, values_for(table, hospital))
 
 
 def refuses(reason: Reason) -> "pytest.RaisesExc[ServiceError]":

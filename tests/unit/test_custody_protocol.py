@@ -12,7 +12,6 @@ from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
 from services.common.secagg.certificate import check_endorsed, open_round_signed
 from services.common.secagg.digests import chunk_digest, vector_digest
-from services.common.secagg.encoding import encode_vector
 from services.common.secagg.messages import (
     SUITE_HYBRID,
     AbandonCertificate,
@@ -25,6 +24,7 @@ from services.common.secagg.messages import (
 from services.keyshare import custody, facts
 from services.keyshare.custody import ALLOWED, Phase, phase_of
 from tests.support.consortium import NOW, derive, make_consortium, values_for
+from tests.support.packed import encoded
 from tests.support.pods import PodWorld, refuses
 
 
@@ -44,9 +44,7 @@ def test_whole_round_gives_the_plain_sum(world: PodWorld) -> None:
     certificate = world.certificate(found, cohort)
     table = found.checked.table
     ring = table.ring
-    expected = sum(
-        ring.lift(ring.unpack(bytes(encode_vector(table, values_for(table, number))))) for number in (0, 1, 3)
-    )
+    expected = sum(ring.lift(ring.unpack(encoded(table, values_for(table, number)))) for number in (0, 1, 3))
     assert np.array_equal(world.unmask(found, cohort, certificate), expected)
     for index in world.pods:
         world.pods[index].close(world.close_round(1))

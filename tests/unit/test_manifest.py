@@ -21,7 +21,7 @@ from services.common.secagg.certificate import (
     open_round_signed,
 )
 from services.common.secagg.cohort import Cohort
-from services.common.secagg.encoding import SENTINEL, encode_vector
+from services.common.secagg.encoding import SENTINEL
 from services.common.secagg.messages import (
     ZERO_DIGEST,
     Accepted,
@@ -34,6 +34,7 @@ from services.common.secagg.messages import (
 )
 from services.common.secagg.signing import digest
 from tests.support.consortium import NOW, STUDY, Consortium, derive, make_consortium, values_for
+from tests.support.packed import encoded
 
 C = make_consortium()
 CHECKED = C.manifest()
@@ -175,7 +176,7 @@ def test_endorsements_too_few_twice_foreign_or_for_another_manifest_are_refused_
 
 
 def submission() -> Any:
-    return C.submit(CHECKED, "alice", bytes(encode_vector(CHECKED.table, values_for(CHECKED.table, 0))))
+    return C.submit(CHECKED, "alice", encoded(CHECKED.table, values_for(CHECKED.table, 0)))
 
 
 def test_headers_forged_unknown_incomplete_or_of_another_manifest_are_refused() -> None:

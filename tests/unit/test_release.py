@@ -29,16 +29,17 @@ def shape_of(world: World, number: int) -> RoundShape:
     return round_shape(world.charter, world.study, number)
 
 
-def lanes(shape: RoundShape, packed: bytearray, name: str) -> np.ndarray:
+def lanes(shape: RoundShape, packed: bytes, name: str) -> np.ndarray:
     first, end = shape.table.lane_range(name)
     size = shape.table.ring.lane_bytes
     return decode_class(shape.table, name, bytes(packed[first * size : end * size]))
 
 
-def encode(world: World, number: int, update: np.ndarray | None, keys: object = None) -> tuple[RoundShape, bytearray]:
+def encode(world: World, number: int, update: np.ndarray | None, keys: object = None) -> tuple[RoundShape, bytes]:
     shape = shape_of(world, number)
     draw = keys or (lambda: secrets.token_bytes(32))
-    return shape, encode_round(world.study.document, shape, update, COUNTS, draw)  # type: ignore[arg-type]  # a test's lambda
+    chunks = encode_round(world.study.document, shape, update, COUNTS, draw)  # type: ignore[arg-type]  # a test's lambda
+    return shape, b"".join(chunk for chunk, _ in chunks)
 
 
 def test_update_is_clipped_by_norm_then_by_coordinate_then_rounded(world: World) -> None:
@@ -118,7 +119,7 @@ def test_count_beyond_its_lane_is_a_local_error_and_not_wrapped(world: World) ->
     shape = shape_of(world, 4)
     huge = FixedCounts(COUNTS.hits, COUNTS.totals, np.full((2, 2), 2**40), COUNTS.histogram)
     with pytest.raises(ServiceError) as refused:
-        encode_round(world.study.document, shape, None, huge, lambda: secrets.token_bytes(32))
+        list(encode_round(world.study.document, shape, None, huge, lambda: secrets.token_bytes(32)))
     assert refused.value.reason is Reason.OUT_OF_BOUND
 
 
@@ -160,7 +161,8 @@ def test_shared_projects_before_the_noise_and_checks_nothing_after(shared: World
     assert 8 * lane.bound <= 2**31 - 1  # so no sum over the charter's 8 hospitals wraps, noise included
     many = FixedCounts(COUNTS.hits, COUNTS.totals, np.full((2, 2), 2**40), COUNTS.histogram)
     final = shape_of(shared, 4)
-    packed = encode_round(shared.study.document, final, None, many, lambda: secrets.token_bytes(32))
+    chunks = encode_round(shared.study.document, final, None, many, lambda: secrets.token_bytes(32))
+    packed = b"".join(chunk for chunk, _ in chunks)
     bound, of_votes = final.table.lane_class("confusion").bound, final_noise(shared.study.document).scale
     assert np.abs(lanes(final, packed, "confusion") - (bound - 12 * of_votes)).max() < 12 * of_votes
 

@@ -18,9 +18,9 @@ from services.common.documents.shape import (
 from services.common.dp.accounting import Event
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.blob import decode, encode
-from services.common.secagg.encoding import encode_vector
 from services.common.secagg.messages import ZERO_DIGEST, Core
 from tests.support.documents import Documents, make_documents, make_study
+from tests.support.packed import encoded
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_counts_up_to_a_million_travel_without_noise(documents: Documents, bits:
     table = round_shape(documents.charter, study, 5).table
     values = {lane.name: np.full(lane.values, 2**20 - 1, np.int64) for lane in table.lanes[1:]}
     values["weight"] = np.ones(1, np.int64)
-    encode_vector(table, values)
+    encoded(table, values)
     room = largest_split(documents.charter, study)
     assert room is not None
     assert room >= 2**20 - 1

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from services.common.secagg import masking, sealing
-from services.common.secagg.encoding import SENTINEL, LaneTable, decode_class, encode_vector
+from services.common.secagg.encoding import SENTINEL, LaneTable, decode_class
 from services.common.secagg.messages import LaneClass
 from services.common.secagg.ring import RingSum
 from tests.support.consortium import Consortium, Submission, make_consortium
+from tests.support.packed import encoded
 
 TABLE = (SENTINEL, LaneClass("parameter", 6, 0, 1000, 1))
 SECRETS = {name: np.arange(6, dtype=np.int64) * (i + 1) - 3 for i, name in enumerate(("alice", "bob", "carol", "dave"))}
@@ -19,10 +20,7 @@ def run(pods: int, threshold: int) -> tuple[Consortium, LaneTable, bytes, dict[s
     c = make_consortium(pods, threshold)
     checked = c.manifest(c.core(lanes=TABLE, parameters=6, ring_bits=24))
     table = checked.table
-    sent = {
-        name: c.submit(checked, name, bytes(encode_vector(table, {"parameter": secret})))
-        for name, secret in SECRETS.items()
-    }
+    sent = {name: c.submit(checked, name, encoded(table, {"parameter": secret})) for name, secret in SECRETS.items()}
     return c, table, checked.M, sent
 
 

@@ -18,6 +18,11 @@ def chunk_digest(chunk: Any) -> bytes:
     return hashlib.sha256(chunk).digest()
 
 
+def with_digest(chunk: memoryview) -> tuple[bytes, bytes]:
+    """A copy of a chunk that lies in memory which is used again, and its digest: what a worker hands on."""
+    return bytes(chunk), chunk_digest(chunk)
+
+
 def vector_digest(total_bytes: int, chunk_digests: Iterable[bytes]) -> bytes:
     """The digest of a vector of `total_bytes` whose chunks have `chunk_digests`, in order.
 

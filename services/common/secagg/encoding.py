@@ -3,32 +3,27 @@
 Order of lanes: as the table lists its classes, the four sentinels first. A value spread over several
 limbs has them side by side, low limb first; the low ones are 0..2^w-1 with w = ⌊log2 bound⌋, the highest
 carries the sign.
-Dangers: clipping passes NaN through, so finiteness is checked FIRST; nothing is checked or clipped after
-noise was added; stochastic rounding needs float64.
-Not here: drawing noise (dp.noise), choosing the table (documents.shape).
+Dangers: nothing is checked or clipped after noise was added.
+Not here: clipping and rounding (rounding), drawing noise (dp.noise), choosing the table (documents.shape).
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from services.common.errors import Reason, ServiceError
-from services.common.secagg.masking import WORKERS
 from services.common.secagg.messages import MAX_LANES, LaneClass
-from services.common.secagg.ring import I64, U8, Ring
+from services.common.secagg.parallel import WORKERS, in_order
+from services.common.secagg.ring import CHUNK_BYTES, I64, Ring, chunk_lengths
+from services.common.secagg.rounding import F64, ROUNDED, Reals, Rounder
 
 SENTINEL = LaneClass(name="sentinel", values=4, fraction_bits=0, bound=1, limbs=1)
-_BLOCK = 1 << 16  # values worked on at once: a few arrays of them stay in the cache
-
-F64 = npt.NDArray[np.float64]
+T = TypeVar("T")
+_Codes = Callable[[int, int], npt.NDArray[Any]]
+"""(first lane of the class, lanes) → as many 8-byte items whose low bits are the lanes."""
 
 
 @dataclass(frozen=True)
@@ -92,82 +87,37 @@ def limb_bits(lane: LaneClass) -> int:
     return lane.bound.bit_length() - 1
 
 
-def clip_update(delta: npt.NDArray[Any], l2: float, linf: float) -> F64:
-    """`delta` (any float array) as float64 with norm ≤ `l2`, then each coordinate in ±`linf`.
+def encode_vector(
+    table: LaneTable,
+    values: Mapping[str, I64 | Reals],
+    take: Callable[[memoryview], T],
+    noised: bool = False,
+    *,
+    workers: int = WORKERS,
+) -> Iterator[T]:
+    """`take` of each chunk, in order, of x: the packed vector of one hospital, sentinels added.
 
-    Raises NOT_FINITE first, where any number is NaN or infinite: a failed training sends nothing.
-    """
-    exact = np.array(delta, np.float64)
-    if not np.isfinite(exact).all():
-        raise ServiceError(Reason.NOT_FINITE, "the update holds NaN or infinity: the training failed, nothing is sent")
-    with np.errstate(over="ignore"):
-        norm = float(np.sqrt(np.dot(exact, exact)))
-    if not np.isfinite(norm):  # finite numbers whose squares overflow
-        exact /= np.max(np.abs(exact))
-        norm = float(np.sqrt(np.dot(exact, exact)))
-        exact *= l2 / norm
-    elif norm > l2:
-        exact *= l2 / norm
-    np.clip(exact, -linf, linf, out=exact)
-    return exact
-
-
-def quantise(values: npt.NDArray[Any], fraction_bits: int, key: bytes | None = None) -> I64:
-    """round(values * 2**fraction_bits) as int64.
-
-    With a 32-byte `key` from the operating system the rounding is stochastic and unbiased (codes of at
-    most 16 bits without DP noise), else to the nearest even. Raises NOT_FINITE; OUT_OF_BOUND beyond 2^62.
-    """
-    out = np.empty(len(values), np.int64)
-
-    def one(start: int) -> None:
-        scaled = np.asarray(values[start : start + _BLOCK], np.float64) * 2.0**fraction_bits
-        if not np.isfinite(scaled).all():
-            raise ServiceError(Reason.NOT_FINITE, "a value to encode is NaN or infinite: nothing is sent")
-        if float(np.max(np.abs(scaled))) >= 2.0**62:
-            raise ServiceError(Reason.OUT_OF_BOUND, "a value to encode is beyond 62 bits: nothing is sent")
-        if key is None:
-            out[start : start + _BLOCK] = np.rint(scaled)
-            return
-        counter = (start * 8 // 16).to_bytes(16, "big")  # eight bytes a value of ONE keystream
-        words = Cipher(AES256(key), CTR(counter)).encryptor().update(bytes(8 * len(scaled)))
-        below = np.floor(scaled)
-        scaled -= below
-        # Compared with the exact fraction: floor(scaled + uniform) would round the sum a second time.
-        up = (np.frombuffer(words, "<u8") >> np.uint64(11)) * 2.0**-53 < scaled
-        out[start : start + _BLOCK] = below
-        out[start : start + _BLOCK] += up
-
-    _each_block(len(values), one)
-    return out
-
-
-def encode_vector(table: LaneTable, values: Mapping[str, npt.NDArray[np.int64]], noised: bool = False) -> bytearray:
-    """x: the packed vector of one hospital, sentinels added; `values` has an int64 array for every other class.
-
-    Raises MALFORMED for a missing, unknown or wrongly sized class, OUT_OF_BOUND for a value beyond its
-    bound. With `noised` nothing is checked: what noise pushes over the bound wraps in the ring.
+    `values` has integers (int64) or reals for every other class; reals are rounded as their chunk is made, and take
+    one limb. `take` is called by the worker, with memory that is used again when it returns. Raises MALFORMED for a
+    missing, unknown or wrongly sized class, OUT_OF_BOUND for a value beyond its bound, NOT_FINITE. With `noised`
+    integers are not checked: what noise pushes over the bound wraps in the ring.
     """
     names = {lane.name for lane in table.lanes} - {SENTINEL.name}
     if set(values) != names:
         raise _refused(f"values for {sorted(values)}, the table has {sorted(names)}")
-    ring, position = table.ring, 0
-    packed = bytearray(table.total_bytes)
-    out = np.frombuffer(packed, np.uint8)
+    numbers: dict[str, I64 | Reals] = {**values, SENTINEL.name: np.ones(4, np.int64)}
     for lane in table.lanes:
-        numbers = np.ones(4, np.int64) if lane.name == SENTINEL.name else values[lane.name]
-        if numbers.shape != (lane.values,) or numbers.dtype != np.int64:
-            raise _refused(f"class {lane.name!r}: {numbers.dtype}{numbers.shape}, not int64({lane.values},)")
-        size = lane.limbs * ring.lane_bytes
-        part = out[position : position + lane.values * size]
+        _check_class(lane, numbers[lane.name])
+    lengths = chunk_lengths(table.total_bytes)
+    spare: list[_Encoder] = []  # append and pop are atomic between threads
 
-        def one(start: int, lane: LaneClass = lane, numbers: I64 = numbers, part: U8 = part, size: int = size) -> None:
-            block = numbers[start : start + _BLOCK]
-            _encode_block(ring, lane, block, noised, part[start * size : (start + len(block)) * size])
+    def one(chunk: int) -> T:
+        encoder = spare.pop() if spare else _Encoder(table, numbers, noised)
+        taken = take(encoder.encode(chunk * CHUNK_BYTES, lengths[chunk]))
+        spare.append(encoder)
+        return taken
 
-        _each_block(lane.values, one)
-        position += lane.values * size
-    return packed
+    return in_order(one, range(len(lengths)), workers)
 
 
 def decode_class(table: LaneTable, name: str, packed: Any) -> I64:
@@ -215,31 +165,62 @@ def check_range(table: LaneTable, name: str, packed: Any, cohort_size: int) -> N
         )
 
 
-def _each_block(values: int, work: Callable[[int], None]) -> None:
-    """`work` with the start of every block of `values`, on all cores (numpy releases the interpreter lock)."""
-    if values <= _BLOCK:
-        if values:
-            work(0)
-        return
-    with ThreadPoolExecutor(WORKERS) as pool:
-        deque(pool.map(work, range(0, values, _BLOCK)), maxlen=0)
+class _Encoder:
+    """Encodes chunk after chunk in memory of its own. One thread."""
+
+    def __init__(self, table: LaneTable, numbers: Mapping[str, I64 | Reals], noised: bool) -> None:
+        self._ring, self._chunk = table.ring, np.empty(CHUNK_BYTES, np.uint8)
+        self._parts: list[tuple[int, int, _Codes]] = []  # (first lane, behind the last, codes of lanes among them)
+        for lane in table.lanes:
+            given = numbers[lane.name]
+            if isinstance(given, Reals):
+                codes: _Codes = Rounder(given, lane.fraction_bits, lane.bound).codes
+            else:
+                codes = _limbs(lane, given, noised)
+            self._parts.append((*table.lane_range(lane.name), codes))
+
+    def encode(self, start: int, length: int) -> memoryview:
+        """Bytes start … start + length of the vector, whole lanes; valid until the next call."""
+        width = self._ring.lane_bytes
+        origin, end = start // width, (start + length) // width
+        for first, behind, codes in self._parts:
+            for lane in range(max(first, origin), min(behind, end), ROUNDED):
+                count = min(ROUNDED, behind - lane, end - lane)
+                out = self._chunk[(lane - origin) * width : (lane - origin + count) * width]
+                self._ring.pack_into(codes(lane - first, count), out)
+        return self._chunk[:length].data
 
 
-def _encode_block(ring: Ring, lane: LaneClass, block: I64, noised: bool, out: U8) -> None:
-    width = limb_bits(lane)
-    top = block >> np.int64(width * (lane.limbs - 1)) if lane.limbs > 1 else block
-    if not noised and (int(top.min()) < -lane.bound or int(top.max()) > lane.bound):
-        raise ServiceError(
-            Reason.OUT_OF_BOUND, f"a value of {lane.name!r} is beyond its bound {lane.bound}: nothing is sent"
-        )
-    if lane.limbs == 1:
-        ring.pack_into(block.astype(np.uint32), out)
-        return
-    limbs = np.empty((len(block), lane.limbs), np.uint32)
-    for limb in range(lane.limbs - 1):
-        limbs[:, limb] = (block >> np.int64(width * limb)) & np.int64(2**width - 1)
-    limbs[:, -1] = top.astype(np.uint32)
-    ring.pack_into(limbs.reshape(-1), out)
+def _limbs(lane: LaneClass, numbers: I64, noised: bool) -> _Codes:
+    """The codes of integers: the limbs of each value side by side."""
+    limbs, width = lane.limbs, limb_bits(lane)
+
+    def codes(first: int, count: int) -> I64:
+        skipped = first % limbs  # a chunk may end between two limbs of one value
+        block = np.ascontiguousarray(numbers[first // limbs : -(-(first + count) // limbs)])
+        top = block >> np.int64(width * (limbs - 1)) if limbs > 1 else block
+        if not noised and (int(top.min()) < -lane.bound or int(top.max()) > lane.bound):
+            raise ServiceError(
+                Reason.OUT_OF_BOUND, f"a value of {lane.name!r} is beyond its bound {lane.bound}: nothing is sent"
+            )
+        if limbs == 1:
+            return block
+        split = np.empty((len(block), limbs), np.int64)
+        for limb in range(limbs - 1):
+            split[:, limb] = (block >> np.int64(width * limb)) & np.int64(2**width - 1)
+        split[:, -1] = top
+        return split.reshape(-1)[skipped : skipped + count]
+
+    return codes
+
+
+def _check_class(lane: LaneClass, numbers: I64 | Reals) -> None:
+    if isinstance(numbers, Reals):
+        shape, fits = numbers.numbers.shape, lane.limbs == 1
+    else:
+        shape, fits = numbers.shape, numbers.dtype == np.int64
+    if shape != (lane.values,) or not fits:
+        raise _refused(f"class {lane.name!r}: {shape} numbers of the wrong kind, not {lane.values} of int64 or reals")
 
 
 def _refused(detail: str) -> ServiceError:

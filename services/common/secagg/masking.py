@@ -9,10 +9,7 @@ Not here: drawing seeds.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import cpu_count
 from typing import TypeVar
 
 import numpy as np
@@ -24,11 +21,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from services.common.errors import Reason, ServiceError
 from services.common.ids import check_id
+from services.common.secagg.parallel import WORKERS, in_order
 from services.common.secagg.ring import BLOCK_BYTES, CHUNK_BYTES, U8, Ring, RingSum, chunk_lengths
 from services.common.secagg.signing import label
 
 COUNTERS_PER_CHUNK = CHUNK_BYTES // 16
-WORKERS = min(cpu_count(), 8)  # each holds about 3 MiB, and the cipher states of all keys
 _ZEROS = bytes(BLOCK_BYTES)
 T = TypeVar("T")
 Fill = Callable[[int, memoryview], None]
@@ -149,22 +146,3 @@ def _chunks(
         return taken
 
     return in_order(one, numbers, workers)
-
-
-def in_order(work: Callable[[int], T], chunks: range, workers: int = WORKERS) -> Iterator[T]:
-    """`work` of each chunk on `workers` threads, in order; at most 2 * workers under way or waiting to be taken."""
-    if workers == 1 or len(chunks) == 1:
-        yield from map(work, chunks)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(work, chunk))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:  # the taker left early
-                future.cancel()

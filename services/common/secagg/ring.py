@@ -56,16 +56,18 @@ class Ring:
         """Bytes of one lane on the wire: 2, 3 or 4."""
         return self.bits // 8
 
-    def pack_into(self, values: U32, out: U8) -> None:
-        """Write `values` (uint32, taken mod 2^bits) packed into `out` (uint8, len(values) * lane_bytes)."""
+    def pack_into(self, values: npt.NDArray[Any], out: U8) -> None:
+        """Write the low bits of `values` (contiguous, 4 or 8 bytes each, as they lie in memory) packed into `out`.
+
+        Integers are so taken mod 2^bits. `out` is uint8, len(values) * lane_bytes.
+        """
         if self.bits == 24:
             spread = values.view(np.uint8)
             for byte in range(3):
-                out[byte::3] = spread[byte::4]
-        elif self.bits == 16:
-            out.view("<u2")[:] = values.astype(np.uint16)
+                out[byte::3] = spread[byte :: values.itemsize]
         else:
-            out.view("<u4")[:] = values
+            kind = f"<u{self.lane_bytes}"
+            out.view(kind)[:] = values.view(kind)[:: values.itemsize // self.lane_bytes]
 
     def pack(self, values: U32) -> bytes:
         """`values` (uint32, taken mod 2^bits) as packed lanes."""

@@ -1,4 +1,4 @@
-"""Files by SHA-256: a blob is wholly there under its digest or not at all, whatever dies when.
+"""Files by digest: a blob is wholly there under its digest or not at all, whatever dies when.
 
 Layout under the folder: `blobs/HEX` finished blobs, `partial/NAME` uploads that go on after a restart,
 `tmp/` writes in progress, emptied at start. One process per folder: the lock of the database beside it.
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -38,24 +38,33 @@ class BlobStore:
         if cache:
             self._drop_damaged()
 
-    def write(self, chunks: Iterable[bytes | bytearray], expected: bytes | None = None) -> bytes:
+    def write(
+        self,
+        chunks: Iterable[bytes | bytearray],
+        expected: bytes | None = None,
+        name: Callable[[], bytes] | None = None,
+    ) -> bytes:
         """Store the concatenated chunks and return their SHA-256 (32 bytes); on the disk when this returns.
+
+        `name`, asked after the last chunk, gives another digest to store them under: that of long vectors is taken on
+        all cores.
 
         Raises BAD_DIGEST when it is not `expected`, STORAGE on a full disk; both leave nothing behind.
         """
         with storing("a blob"):
-            handle, name = tempfile.mkstemp(dir=self.folder / "tmp")
+            handle, written = tempfile.mkstemp(dir=self.folder / "tmp")
             hasher = hashlib.sha256()
             try:
                 with os.fdopen(handle, "wb") as file:
                     for chunk in chunks:
-                        hasher.update(chunk)
+                        if name is None:
+                            hasher.update(chunk)
                         file.write(chunk)
                     file.flush()
                     self._sync(file.fileno())
-                return self._keep(Path(name), hasher.digest(), expected)
+                return self._keep(Path(written), hasher.digest() if name is None else name(), expected)
             except BaseException:
-                Path(name).unlink(missing_ok=True)
+                Path(written).unlink(missing_ok=True)
                 raise
 
     def partial(self, name: str, length: int | None = None) -> "Partial":
