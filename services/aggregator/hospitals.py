@@ -147,6 +147,12 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
             self._coordinator.tell(f.Declined(self._coordinator.now(), peer(context).id, reason))
         return round_pb2.DeclineRoundResponse()
 
+    def Greet(  # noqa: N802, D102
+        self, request: round_pb2.GreetRequest, context: grpc.ServicerContext
+    ) -> round_pb2.GreetResponse:
+        held = self._coordinator.snapshot.run.charters().values()
+        return round_pb2.GreetResponse(time_ms=self._coordinator.now(), charters=held)
+
 
 class Runs:
     """The study in force from the coordinator, any other that ran here from its log."""

@@ -179,6 +179,12 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
             self._refused(pod, request.command, request.refusal)
         return keyshare_pb2.CloseResponse()
 
+    def Greet(  # noqa: N802, D102
+        self, request: keyshare_pb2.GreetRequest, context: grpc.ServicerContext
+    ) -> keyshare_pb2.GreetResponse:
+        held = self._coordinator.snapshot.run.charters().values()
+        return keyshare_pb2.GreetResponse(time_ms=self._coordinator.now(), charters=held)
+
     def _answer(
         self,
         request: Any,

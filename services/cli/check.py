@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from cryptography import x509
 
+from services.cli.way import Way
 from services.common.documents.charter import LoadedCharter, load_signatures
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
@@ -23,8 +23,6 @@ from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.leaf import LeafFiles, LeafWatch, check_own_leaf
-
-_DIAL_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,11 @@ def check_site(config: Path, study: Path | None, connect: bool, now_ms: int) -> 
         checks.run("policy", lambda: _policy(Path(found.policy), found.id))
         checks.run("data", lambda: _data(Path(found.data), study))
     if connect and role is not Role.AGGREGATOR:
-        checks.run("aggregator", lambda: _dial(found.aggregator))
+        way = Way(found, role, charter_found)
+        checks.run("address", way.resolve)
+        checks.run("aggregator", way.greet)
+        checks.run("clocks", way.clocks)
+        checks.run("charter there", way.charters)
     return checks.findings
 
 
@@ -209,20 +211,6 @@ def _study_and_model(config: Any, charter: LoadedCharter | None) -> str:
             "`study draft` wrote",
         )
     return f"{words}, initial model present"
-
-
-def _dial(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ServiceError(Reason.INVALID_DOCUMENT, f"`aggregator` is {address!r}: write host:port")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), _DIAL_SECONDS):
-            return f"{address} answers"
-    except OSError as error:
-        raise ServiceError(
-            Reason.UNREACHABLE,
-            f"{address} cannot be reached ({error.strerror or error}): open outbound TCP {port} to it, check DNS",
-        ) from None
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import stat
 from base64 import b64decode
 from collections.abc import Callable
@@ -365,15 +364,6 @@ def test_site_check_names_what_is_wrong(consortium: Path, tmp_path: Path, refuse
         assert old in text
         config.write_text(text.replace(old, new))
         assert words in refused("site", "check", "--config", config), (old, new)
-
-
-def test_site_check_dials_the_aggregator(consortium: Path, tmp_path: Path, run: Run, refused: Run) -> None:
-    config = make_config(consortium, tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        config.write_text(config.read_text().replace("127.0.0.1:1", f"127.0.0.1:{port}"))
-        assert "answers" in run("site", "check", "--config", config, "--connect")
-    assert "cannot be reached" in refused("site", "check", "--config", config, "--connect")
 
 
 def test_site_check_sees_a_certificate_that_ends_soon(
