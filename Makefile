@@ -54,9 +54,9 @@ demo: setup ## a whole federation on this machine (DATA=DIR for real images, ARG
 	@$(BIN)/wardround demo --output build/demo $(if $(DATA),--data $(DATA)) $(ARGS)
 	@$(BIN)/wardround verify build/demo
 
-bench: bench-secagg bench-round ## all measured figures
+bench: bench-secagg bench-round bench-noise bench-shared ## all measured figures
 
-bench-%: setup ## one of them: bench-secagg, bench-round
+bench-%: setup ## one of them: bench-secagg, bench-round, bench-noise, bench-shared
 	$(BIN)/python bench/$(subst -,_,$*).py
 
 images: ## container images with docker, podman or buildah (ARGS="--flavour cuda hospital-node"; TORCH_INDEX_URL=…, BASE_IMAGE=…)

@@ -126,8 +126,8 @@ def secure(laid: Federation, n: int, d: int, told: Told) -> dict[str, Any]:
         store.close()
 
 
-def from_log(log: list[f.Fact]) -> dict[str, Any]:
-    """Medians over the rounds but the first: the whole round, and its steps."""
+def from_log(log: list[f.Fact], warm: int = 1) -> dict[str, Any]:
+    """Medians over the rounds but the first `warm` ones: the whole round, and its steps."""
     opened = [i for i, fact in enumerate(log) if isinstance(fact, f.Opened)]
     ends = [*opened[1:], next(i for i, fact in enumerate(log) if isinstance(fact, f.Finished))]
     rounds = []
@@ -139,7 +139,7 @@ def from_log(log: list[f.Fact]) -> dict[str, Any]:
         marks = (f.Opened, f.Collecting, f.Submitted, f.CohortFixed, f.Certified, f.Verified)
         times = [*(last[kind] for kind in marks), log[end].at]
         rounds.append([(b - a) / 1000 for a, b in pairwise(times)])
-    measured = rounds[1:]
+    measured = rounds[warm:]
     return {
         "seconds_median": round(median(map(sum, measured)), 4),
         "seconds": [round(sum(steps), 4) for steps in measured],

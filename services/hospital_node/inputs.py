@@ -116,8 +116,7 @@ def cached_features(
     A stop leaves the rest zero: the caller stops too. Raises INVALID_DATA, NOT_FOUND, STORAGE.
     """
     width = BACKBONES[section.name].features if section.name in BACKBONES else 0
-    cache = dataset.state / "features" / f"{section.sha256}-{dataset.image_size}"
-    places = [cache / f"{dataset.image_digest(image).hex()}.f32" for image in range(len(dataset))]
+    places = feature_cache(dataset, section)
     out = np.zeros((len(dataset), width), np.float32)
     missing: list[int] = []
     for image, place in enumerate(places):
@@ -139,9 +138,15 @@ def cached_features(
             values = network((pixels.permute(0, 3, 1, 2).float() - kind.pixel_mean) / kind.pixel_scale)
             found = torch.nn.functional.normalize(values, dim=1).cpu().numpy().astype("<f4")
         for row, feature in zip(rows, found, strict=True):
-            _write_feature(places[row], feature.tobytes())
+            write_feature(places[row], feature.tobytes())
         out[rows] = found
     return out
+
+
+def feature_cache(dataset: Dataset, section: BackboneSection) -> list[Path]:
+    """Where each image's features lie under the state folder: by backbone, size and the image's digest."""
+    cache = dataset.state / "features" / f"{section.sha256}-{dataset.image_size}"
+    return [cache / f"{dataset.image_digest(image).hex()}.f32" for image in range(len(dataset))]
 
 
 def _read_feature(path: Path, width: int) -> NDArray[np.float32] | None:
@@ -154,7 +159,7 @@ def _read_feature(path: Path, width: int) -> NDArray[np.float32] | None:
     return np.frombuffer(data, "<f4") if hashlib.sha256(data).digest() == digest else None
 
 
-def _write_feature(path: Path, data: bytes) -> None:
+def write_feature(path: Path, data: bytes) -> None:
     """Numbers and their SHA-256. No fsync, they can be computed again; the digest finds what a crash tore."""
     partial = path.with_suffix(".new")
     with storing(str(path)):
