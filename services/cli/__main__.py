@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from services.cli import charter, data, demo, gather, ledger, model, policy, predict, report, site, study, verify, watch
+from services.cli import (
+    audit,
+    charter,
+    data,
+    demo,
+    gather,
+    ledger,
+    model,
+    policy,
+    predict,
+    report,
+    site,
+    study,
+    verify,
+    watch,
+)
 from services.common.errors import Reason, ServiceError
 
 app = typer.Typer(
@@ -31,6 +46,7 @@ app.command("passport")(predict.passport)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)
 app.command("watch")(watch.watch)
+app.command("audit")(audit.audit)
 
 USAGE, REFUSED, BROKEN = 2, 1, 3
 

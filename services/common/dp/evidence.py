@@ -91,8 +91,9 @@ def _one_run_chance(canaries: int, guesses: int, correct: int, epsilon: float, d
 def _binomial(trials: int, chance: float) -> F64:
     """P(X = 0 … trials), (trials + 1,)."""
     if not 0 < chance < 1:
-        return np.eye(1, trials + 1, trials if chance >= 1 else 0)[0]
+        return np.asarray(np.eye(1, trials + 1, trials if chance >= 1 else 0)[0], np.float64)
     factorials = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, trials + 1)))))
     counts = np.arange(trials + 1)
     ways = factorials[-1] - factorials - factorials[::-1]
-    return np.asarray(np.exp(ways + counts * math.log(chance) + (trials - counts) * math.log1p(-chance)))
+    logs = ways + counts * math.log(chance) + (trials - counts) * math.log1p(-chance)
+    return np.asarray(np.exp(logs), np.float64)
