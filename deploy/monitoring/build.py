@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
-from deploy.monitoring import rules
+from deploy.monitoring import committee, rounds, rules, site
 
+DASHBOARDS = {"aggregator": ("rounds", rounds), "hospital-node": ("site", site), "keyshare": ("committee", committee)}
 HELM = Path(__file__).parents[1] / "helm"
 
 
 def compiled() -> dict[Path, str]:
     """Every made file with its content."""
-    return {HELM / chart / "files" / "rules.yaml": rules.compiled(chart) for chart in rules.RULES}
+    found = {HELM / chart / "files" / "rules.yaml": rules.compiled(chart) for chart in rules.RULES}
+    for chart, (name, made) in DASHBOARDS.items():
+        found[HELM / chart / "files" / "dashboards" / f"{name}.json"] = made.compiled()
+    return found
 
 
 def write() -> list[Path]:
