@@ -1,5 +1,6 @@
 """Dashboard Committee, for the owner of key-share pods: do they sign, what have they promised, what did they refuse."""
 
+from deploy.monitoring import everywhere
 from deploy.monitoring.panels import (
     BLUE,
     GREEN,
@@ -43,9 +44,9 @@ def _stats() -> list[object]:
                 "Of m pods, q fix a cohort and t together could open everything. From the pinned charter.",
                 "none",
             ),
-            Query(f"max(wardround_committee_pods{{{JOB}}})", "m"),
-            Query(f"max(wardround_committee_quorum{{{JOB}}})", "q"),
-            Query(f"max(wardround_committee_threshold{{{JOB}}})", "t"),
+            Query(f"max(wardround_committee_pods{{{JOB}}})", "pods (m)"),
+            Query(f"max(wardround_committee_quorum{{{JOB}}})", "fix a cohort (q)"),
+            Query(f"max(wardround_committee_threshold{{{JOB}}})", "could open all (t)"),
             name=True,
         ),
         number(
@@ -72,31 +73,8 @@ def _stats() -> list[object]:
             ),
             Query(f"min(wardround_memory_locked{{{JOB}}})"),
         ),
-        number(
-            Look(
-                (18, 0, 3, 4),
-                "Certificate",
-                "Life that the TLS certificate has left, the shortest of all pods here.",
-                "s",
-                ((None, RED), (86_400, ORANGE), (604_800, GREEN)),
-            ),
-            Query(f"min(wardround_certificate_expiry_timestamp_seconds{{{JOB}}}) - time()"),
-        ),
-        number(
-            Look(
-                (21, 0, 3, 4),
-                "Disk",
-                "99 of 100 promises were on the disk within this time, over the time shown: no signature leaves "
-                "before.",
-                "s",
-                ((None, GREEN), (0.1, ORANGE), (1, RED)),
-                decimals=3,
-            ),
-            Query(
-                "histogram_quantile(0.99, sum by (le) "
-                f"(increase(wardround_store_append_seconds_bucket{{{JOB}}}[$__range])))"
-            ),
-        ),
+        everywhere.certificate((18, 0, 3, 4), JOB),
+        everywhere.disk((21, 0, 3, 4), JOB),
     ]
 
 
@@ -219,11 +197,7 @@ def _orders() -> list[object]:
             Query(f"max by (job, charter, digest) (wardround_charter_info{{{JOB}}}) * on (job) group_left (id) {ID}"),
             columns={"id": "pod", "charter": "charter", "digest": "digest"},
         ),
-        listing(
-            Look((19, 28, 5, 7), "What runs", "Version of the service at each pod.", "none"),
-            Query(f"max by (id, version) (wardround_build_info{{{JOB}}})"),
-            columns={"id": "pod", "version": "version"},
-        ),
+        everywhere.runs((19, 28, 5, 7), JOB),
     ]
 
 

@@ -23,6 +23,8 @@ GREEN, ORANGE, RED, BLUE, GRAY, PURPLE = "green", "orange", "red", "blue", "#8e8
 
 Place = tuple[int, int, int, int]
 """x, y, width, height on the grid."""
+Words = Mapping[int, tuple[str, str]]
+"""Exact values to (text, colour)."""
 Steps = Sequence[tuple[float | None, str]]
 """Thresholds: from which value on (None = from below) which colour."""
 CALM: Steps = ((None, BLUE),)
@@ -48,7 +50,7 @@ class Look:
     unit: str
     steps: Steps = CALM
     decimals: int | None = None
-    words: Mapping[int, tuple[str, str]] | None = None
+    words: Words | None = None
 
 
 def _dressed(panel: Any, look: Look, queries: Sequence[Query], *, instant: bool, as_table: bool = False) -> Any:
@@ -60,17 +62,22 @@ def _dressed(panel: Any, look: Look, queries: Sequence[Query], *, instant: bool,
     if look.decimals is not None:
         panel.decimals(look.decimals)
     if look.words:
-        results = {
-            str(value): models.ValueMappingResult(text=text, color=colour, index=index)
-            for index, (value, (text, colour)) in enumerate(look.words.items())
-        }
-        panel.mappings([models.ValueMap(options=results)])
+        panel.mappings([_mapping(look.words)])
     for name, query in zip(string.ascii_uppercase, queries, strict=False):
         target = prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(name).datasource(SOURCE)
         if as_table:
             target.format(PromQueryFormat.TABLE)
         panel.with_target(target.instant() if instant else target.range())
     return panel
+
+
+def _mapping(words: Words) -> models.ValueMap:
+    return models.ValueMap(
+        options={
+            str(value): models.ValueMappingResult(text=text, color=colour, index=index)
+            for index, (value, (text, colour)) in enumerate(words.items())
+        }
+    )
 
 
 def _coloured(panel: Any, by_threshold: bool) -> Any:
@@ -112,17 +119,14 @@ def curves(
     least: float | None = 0,
     most: float | None = None,
     limit: str = "",
-    stacked: bool = False,
 ) -> Any:
     """Lines over time. `limit` names the series that is drawn as a dashed red line."""
     step, line = common_models.LineInterpolation.STEP_AFTER, common_models.LineInterpolation.LINEAR
     panel = timeseries.Panel().line_interpolation(step if steps else line).line_width(2)
-    panel.fill_opacity(30 if stacked else 8).show_points(common_models.VisibilityMode.NEVER).span_nulls(False)
+    panel.fill_opacity(0).show_points(common_models.VisibilityMode.NEVER).span_nulls(False)
     legend = common.VizLegendOptions().display_mode(common_models.LegendDisplayMode.LIST).show_legend(True)
     panel.legend(legend.placement(common_models.LegendPlacement.BOTTOM).calcs(["lastNotNull"]))
     panel.tooltip(common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI))
-    if stacked:
-        panel.stacking(common.StackingConfig().mode(common_models.StackingMode.NORMAL).group("A"))
     if least is not None:
         panel.min(least)
     if most is not None:
@@ -139,19 +143,27 @@ def curves(
     return _dressed(_coloured(panel, False), look, queries, instant=False)
 
 
-def lanes(look: Look, *queries: Query) -> Any:
-    """One lane a series over time, coloured by `look.words`."""
+def lanes(look: Look, *queries: Query, counting: Sequence[str] = ()) -> Any:
+    """One lane a series over time, coloured by `look.words`; `counting` names lanes whose figure itself is shown."""
     panel = statetimeline.Panel().merge_values(True).line_width(0).fill_opacity(85).row_height(0.85)
-    panel.show_value(common_models.VisibilityMode.NEVER)
+    panel.show_value(common_models.VisibilityMode.AUTO)
+    for name in counting:
+        plain = {"mappings": [], "color": {"mode": "fixed", "fixedColor": GRAY}}
+        panel.override_by_name(name, [models.DynamicConfigValue(key, value) for key, value in plain.items()])
     legend = common.VizLegendOptions().display_mode(common_models.LegendDisplayMode.LIST).show_legend(True)
     panel.legend(legend.placement(common_models.LegendPlacement.BOTTOM))
     return _dressed(_coloured(panel, True), look, queries, instant=False)
 
 
-def listing(look: Look, *queries: Query, columns: Mapping[str, str]) -> Any:
-    """A table. `columns`: label, or `Value #A` of a query, to the heading; in this order, everything else hidden."""
+def listing(look: Look, *queries: Query, columns: Mapping[str, str], words: Mapping[str, Words] | None = None) -> Any:
+    """A table. `columns`: label, or `Value #A` of a query, to the heading; in this order, everything else hidden.
+
+    `words` give the values of a column, by its heading, texts and colours.
+    """
     panel = table.Panel().show_header(True)
     _dressed(_coloured(panel, True), look, queries, instant=True, as_table=True)
+    for heading, results in (words or {}).items():
+        panel.override_by_name(heading, [models.DynamicConfigValue(id_val="mappings", value=[_mapping(results)])])
     keep = {"include": {"names": list(columns)}}
     panel.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
     panel.with_transformation(models.DataTransformerConfig(id_val="filterFieldsByName", options=keep))

@@ -1,10 +1,13 @@
 """Dashboard Rounds, for the coordinating centre: is the federation well, who is silent, what was released."""
 
+from deploy.monitoring import everywhere
 from deploy.monitoring.panels import (
     BLUE,
+    GRAY,
     GREEN,
     NONE_IS_GOOD,
     ORANGE,
+    PURPLE,
     RED,
     Look,
     Query,
@@ -18,16 +21,13 @@ from deploy.monitoring.panels import (
 )
 
 JOB = 'job="$job"'
-PHASES = {
-    "training": "training at the hospitals",
-    "proposed": "pods commit keys",
-    "endorsing": "pods endorse",
-    "collecting": "hospitals submit",
-    "offering": "pods open boxes",
-    "locking": "cohort locked",
-    "releasing": "masks summed",
-    "verified": "sum and step",
-    "abandoning": "given up",
+WORK = ("proposed", "endorsing", "offering", "locking", "releasing", "verified")
+COURSE = {
+    1: ("no round is open", GRAY),
+    2: ("training at the hospitals", BLUE),
+    3: ("hospitals submit", GREEN),
+    4: ("the committee works", PURPLE),
+    5: ("attempt given up", RED),
 }
 SPARE = ((None, RED), (0, ORANGE), (1, GREEN))
 
@@ -91,7 +91,7 @@ def _stats() -> list[object]:
         number(
             Look(
                 (21, 0, 3, 4),
-                "Rounds without a model",
+                "Rounds lost",
                 "Stalled and rejected rounds in the time shown: each cost its hospitals one round of ε.",
                 "none",
                 NONE_IS_GOOD,
@@ -102,23 +102,31 @@ def _stats() -> list[object]:
 
 
 def _course() -> list[object]:
-    names = {0: ("", "transparent"), 1: ("now", BLUE)}
+    phase = f"wardround_round_phase{{{JOB}"
+    course = (
+        f'max({phase}, phase=~"idle|finished"}}) + 2 * max({phase}, phase="training"}}) + '
+        f'3 * max({phase}, phase="collecting"}}) + 4 * max({phase}, phase=~"{"|".join(WORK)}"}}) + '
+        f'5 * max({phase}, phase="abandoning"}})'
+    )
     return [
         lanes(
             Look(
-                (0, 4, 24, 8),
+                (0, 4, 24, 6),
                 "Course of the rounds",
-                "Each round walks down these lanes once; what comes again was a second attempt. A lane that stays "
-                "lit is "
-                "where the round waits.",
+                "Which round and attempt is open, and what it waits for. The committee's work is short: it may fall "
+                "between "
+                "two scrapes. An attempt above 1 means that one was given up.",
                 "none",
-                words=names,
+                words=COURSE,
             ),
-            *(Query(of("round_phase", f', phase="{phase}"'), words) for phase, words in PHASES.items()),
+            Query(of("round_number"), "round"),
+            Query(of("round_attempt"), "attempt"),
+            Query(course, "phase"),
+            counting=("round", "attempt"),
         ),
         curves(
             Look(
-                (0, 12, 12, 8),
+                (0, 10, 12, 8),
                 "Cohort against its minimum",
                 "Hospitals in the newest cohort, connected, and submitted in the open attempt. Below the dashed line "
                 "nothing "
@@ -135,7 +143,7 @@ def _course() -> list[object]:
         ),
         curves(
             Look(
-                (12, 12, 12, 8),
+                (12, 10, 12, 8),
                 "Quality released",
                 "Figures that rounds released, of the model that the round started from. Under differential privacy "
                 "they "
@@ -151,17 +159,19 @@ def _course() -> list[object]:
 
 
 def _members() -> list[object]:
-    connected, sent = "wardround_member_connected", "wardround_member_submitted"
+    connected = "wardround_member_connected"
     standing = {
         0: ("silent", RED),
         1: ("connected", BLUE),
-        2: ("submitted, then left", ORANGE),
+        2: ("submitted, then left", "semi-dark-green"),
         3: ("submitted", GREEN),
+        4: ("declined, then left", "yellow"),
+        5: ("declined", ORANGE),
     }
     return [
         lanes(
             Look(
-                (0, 20, 12, 8),
+                (0, 18, 12, 8),
                 "Hospitals: who is silent",
                 "One lane for each hospital of the charter. A red gap in a round that ended without it is a drop-out.",
                 "none",
@@ -169,13 +179,14 @@ def _members() -> list[object]:
             ),
             Query(
                 f'max by (member) ({connected}{{{JOB}, role="hospital"}}) + on (member) '
-                f"2 * max by (member) ({sent}{{{JOB}}})",
+                f"2 * max by (member) (wardround_member_submitted{{{JOB}}}) + on (member) "
+                f"4 * max by (member) (wardround_member_declined{{{JOB}}})",
                 "{{member}}",
             ),
         ),
         lanes(
             Look(
-                (12, 20, 12, 8),
+                (12, 18, 12, 8),
                 "Key-share pods: who is silent",
                 "One lane for each pod of the committee. So many may be red at once as there are pods to spare.",
                 "none",
@@ -185,19 +196,19 @@ def _members() -> list[object]:
         ),
         listing(
             Look(
-                (0, 28, 8, 9),
+                (0, 26, 8, 7),
                 "Members",
                 "Newest round whose cohort holds the hospital, or was locked by the pod; 0 = none yet.",
                 "none",
-                words={},
             ),
             Query(f"max by (member, role) (wardround_member_round{{{JOB}}})"),
             Query(f"max by (member, role) ({connected}{{{JOB}}})"),
-            columns={"member": "member", "role": "role", "Value #A": "last round", "Value #B": "connected"},
+            columns={"member": "member", "role": "role", "Value #A": "last round", "Value #B": "connection"},
+            words={"connection": {0: ("none", RED), 1: ("up", GREEN)}},
         ),
         bars(
             Look(
-                (8, 28, 5, 9),
+                (8, 26, 5, 7),
                 "Left out of cohorts",
                 "Hospitals of the charter that cohorts were fixed without, in the time shown: silent sent nothing, "
                 "declined "
@@ -212,7 +223,7 @@ def _members() -> list[object]:
         ),
         bars(
             Look(
-                (13, 28, 5, 9),
+                (13, 26, 5, 7),
                 "Ends of rounds and attempts",
                 "How rounds and attempts ended in the time shown. An abandoned attempt costs no ε, a stalled round "
                 "does.",
@@ -229,7 +240,7 @@ def _members() -> list[object]:
         ),
         listing(
             Look(
-                (18, 28, 6, 9),
+                (18, 26, 6, 7),
                 "Refusals by reason",
                 "Rounds declined by hospitals in the time shown, and refusals of pods since the aggregator's start.",
                 "none",
@@ -254,7 +265,7 @@ def _work() -> list[object]:
     return [
         bars(
             Look(
-                (0, 37, 8, 8),
+                (0, 33, 8, 8),
                 "Mean time in a phase",
                 "Over the time shown. Training and collecting are the study's timing; the others are the committee's "
                 "pace.",
@@ -269,7 +280,7 @@ def _work() -> list[object]:
         ),
         number(
             Look(
-                (8, 37, 4, 4),
+                (8, 33, 4, 4),
                 "Upload, mean",
                 "From the opening of an upload to its receipt, over the time shown.",
                 "s",
@@ -279,7 +290,7 @@ def _work() -> list[object]:
         ),
         number(
             Look(
-                (8, 41, 4, 4),
+                (8, 37, 4, 4),
                 "Unmasking, mean",
                 "From the last sum of a piece to the signed result, over the time shown.",
                 "s",
@@ -287,22 +298,32 @@ def _work() -> list[object]:
             ),
             Query(_mean("unmask_seconds")),
         ),
-        curves(
+        bars(
             Look(
-                (12, 37, 12, 8),
+                (12, 33, 6, 8),
                 "Bytes by RPC",
-                "Message bytes at the aggregator, both directions, of the eight busiest RPCs.",
-                "Bps",
+                "Message bytes at the aggregator in the time shown, both directions, of the eight busiest RPCs.",
+                "bytes",
             ),
             Query(
-                f"label_replace(topk(8, sum by (method) (rate(wardround_rpc_bytes_total{{{JOB}}}[$__rate_interval]))), "
-                '"call", "$1", "method", ".*/(.*)")',
+                "sort_desc(label_replace(topk(8, sum by (method) "
+                f"(increase(wardround_rpc_bytes_total{{{JOB}}}[$__range]))), "
+                '"call", "$1", "method", ".*/(.*)"))',
                 "{{call}}",
             ),
         ),
+        curves(
+            Look(
+                (18, 33, 6, 8),
+                "Traffic",
+                "Message bytes a second at the aggregator: received are updates and sums of masks, sent are models.",
+                "Bps",
+            ),
+            Query(f"sum by (direction) (rate(wardround_rpc_bytes_total{{{JOB}}}[$__rate_interval]))", "{{direction}}"),
+        ),
         listing(
             Look(
-                (0, 45, 8, 6),
+                (0, 41, 8, 6),
                 "Charters",
                 "How many connected members hold each charter that the centre has pinned. During an amendment `next` "
                 "fills up.",
@@ -313,7 +334,7 @@ def _work() -> list[object]:
         ),
         number(
             Look(
-                (8, 45, 4, 3),
+                (8, 41, 4, 3),
                 "Members that differ",
                 "Connected members that hold none of the centre's charters.",
                 "none",
@@ -323,7 +344,7 @@ def _work() -> list[object]:
         ),
         number(
             Look(
-                (8, 48, 4, 3),
+                (8, 44, 4, 3),
                 "Plan",
                 "Whether the plan that was rolled out last is the one that is served.",
                 "none",
@@ -333,7 +354,7 @@ def _work() -> list[object]:
         ),
         number(
             Look(
-                (12, 45, 4, 3),
+                (12, 41, 4, 3),
                 "Pods at fault",
                 "Pods named for a wrong sum, in dispute about one, or caught with two digests, in the time shown.",
                 "none",
@@ -343,7 +364,7 @@ def _work() -> list[object]:
         ),
         number(
             Look(
-                (12, 48, 4, 3),
+                (12, 44, 4, 3),
                 "Conflicting updates",
                 "Uploads that contradict an earlier one of the same hospital, in the time shown.",
                 "none",
@@ -351,35 +372,9 @@ def _work() -> list[object]:
             ),
             Query(f'sum(round(increase(wardround_submissions_total{{{JOB}, outcome="conflict"}}[$__range])))'),
         ),
-        number(
-            Look(
-                (16, 45, 4, 3),
-                "Certificate",
-                "Life that the TLS certificate has left.",
-                "s",
-                ((None, RED), (86_400, ORANGE), (604_800, GREEN)),
-            ),
-            Query(f"{of('certificate_expiry_timestamp_seconds')} - time()"),
-        ),
-        number(
-            Look(
-                (16, 48, 4, 3),
-                "Disk",
-                "99 of 100 writes to the log were on the disk within this time, over the time shown.",
-                "s",
-                ((None, GREEN), (0.1, ORANGE), (1, RED)),
-                decimals=3,
-            ),
-            Query(
-                "histogram_quantile(0.99, sum by (le) "
-                f"(increase(wardround_store_append_seconds_bucket{{{JOB}}}[$__range])))"
-            ),
-        ),
-        listing(
-            Look((20, 45, 4, 6), "What runs", "Version of the service.", "none"),
-            Query(f"max by (id, version) (wardround_build_info{{{JOB}}})"),
-            columns={"id": "id", "version": "version"},
-        ),
+        everywhere.certificate((16, 41, 4, 3), JOB),
+        everywhere.disk((16, 44, 4, 3), JOB),
+        everywhere.runs((20, 41, 4, 6), JOB),
     ]
 
 

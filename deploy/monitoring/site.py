@@ -1,5 +1,6 @@
 """Dashboard Site, for a hospital: how much privacy is left, what the node does, what leaves the house."""
 
+from deploy.monitoring import everywhere
 from deploy.monitoring.panels import (
     BLUE,
     GRAY,
@@ -22,14 +23,14 @@ from deploy.monitoring.panels import (
 
 JOB = 'job="$job"'
 LEFT = ((None, RED), (0.1, ORANGE), (0.25, GREEN))
-PHASES = {
-    "training": ("training", BLUE),
+COURSE = {
+    "idle|starting|waiting|stopped": ("waiting", GRAY),
+    "fetching|training": ("training", BLUE),
     "submitting": ("submitting", PURPLE),
-    "submitted": ("submitted, waiting for the sum", GREEN),
-    "waiting": ("waiting", GRAY),
+    "submitted": ("submitted", GREEN),
     "refused": ("refused", ORANGE),
     "retrying": ("retrying", RED),
-    "finished": ("finished", GREEN),
+    "finished": ("study finished", "semi-dark-green"),
 }
 
 
@@ -46,6 +47,8 @@ def by_study(metric: str) -> str:
 
 def _privacy() -> list[object]:
     cap = f"(max by (study) (wardround_privacy_epsilon_cap{{{JOB}}}) > 0)"
+    exhausted = f'sum(increase(wardround_refusals_total{{{JOB}, reason="BUDGET_EXHAUSTED"}}[$__range])) > bool 0'
+    short = f"max(wardround_study_rounds_left{{{JOB}}} - wardround_privacy_rounds_left{{{JOB}}}) > bool 0"
     return [
         dial(
             Look(
@@ -56,7 +59,7 @@ def _privacy() -> list[object]:
                 LEFT,
                 decimals=0,
             ),
-            Query(f"max by (study) (wardround_privacy_epsilon_left{{{JOB}}}) / {cap}", "{{study}}"),
+            Query(f"{by_study('privacy_epsilon_left')} / on (study) group_left () {cap}", "{{name}}"),
         ),
         dial(
             Look(
@@ -86,23 +89,39 @@ def _privacy() -> list[object]:
         number(
             Look(
                 (18, 0, 3, 4),
-                "Rounds to exhaustion",
-                "Training rounds that the caps still allow, against those that the study still has.",
+                "Rounds left",
+                "Training rounds that the caps still allow, and those that the study still has; the open one included.",
                 "none",
-                ((None, RED), (1, ORANGE), (3, GREEN)),
             ),
             Query(of("privacy_rounds_left"), "allowed"),
             Query(of("study_rounds_left"), "planned"),
             name=True,
         ),
         number(
-            Look((21, 0, 3, 4), "Now", "What the node is doing.", "none"),
+            Look(
+                (21, 0, 3, 4),
+                "Budget",
+                "Whether the ε that is left lasts to the end of the study, and no round was refused for it in the "
+                "time shown.",
+                "none",
+                words={0: ("lasts", GREEN), 1: ("runs out", RED)},
+            ),
+            Query(f"clamp_max(({exhausted}) + ({short}), 1)"),
+        ),
+        number(
+            Look((12, 4, 3, 4), "Now", "What the node is doing.", "none"),
             Query(f"max by (phase) (wardround_hospital_phase{{{JOB}}}) == 1", "{{phase}}"),
             only_name=True,
         ),
         number(
+            Look((15, 4, 3, 4), "Round", "Round that the aggregator has open, and the newest model.", "none"),
+            Query(of("hospital_round"), "round"),
+            Query(of("hospital_model_version"), "model"),
+            name=True,
+        ),
+        number(
             Look(
-                (12, 4, 3, 4),
+                (18, 4, 3, 4),
                 "Connection",
                 "Whether the aggregator's state is being watched.",
                 "none",
@@ -110,32 +129,7 @@ def _privacy() -> list[object]:
             ),
             Query(of("connected")),
         ),
-        number(
-            Look(
-                (15, 4, 3, 4),
-                "Study",
-                "Stopped means that an alarm ended the open study here for good.",
-                "none",
-                words={0: ("runs", GREEN), 1: ("stopped", RED)},
-            ),
-            Query(of("study_halted")),
-        ),
-        number(
-            Look((18, 4, 3, 4), "Round", "Round that the aggregator has open, and the newest model.", "none"),
-            Query(of("hospital_round"), "round"),
-            Query(of("hospital_model_version"), "model"),
-            name=True,
-        ),
-        number(
-            Look(
-                (21, 4, 3, 4),
-                "Certificate",
-                "Life that the TLS certificate has left.",
-                "s",
-                ((None, RED), (86_400, ORANGE), (604_800, GREEN)),
-            ),
-            Query(f"{of('certificate_expiry_timestamp_seconds')} - time()"),
-        ),
+        everywhere.certificate((21, 4, 3, 4), JOB),
     ]
 
 
@@ -176,19 +170,27 @@ def _node() -> list[object]:
     return [
         lanes(
             Look(
-                (0, 16, 24, 8),
+                (0, 16, 24, 5),
                 "What the node did",
                 "`training` lasts until the round collects, whatever it took: when it was done would tell how many "
                 "patients "
                 "were drawn.",
                 "none",
-                words={0: ("", "transparent"), 1: ("now", BLUE)},
+                words=dict(enumerate(COURSE.values(), 1)),
             ),
-            *(Query(of("hospital_phase", f', phase="{phase}"'), words) for phase, (words, _) in PHASES.items()),
+            Query(of("hospital_round"), "round"),
+            Query(
+                " + ".join(
+                    f'{number_of} * max(wardround_hospital_phase{{{JOB}, phase=~"{phases}"}})'
+                    for number_of, phases in enumerate(COURSE, 1)
+                ),
+                "node",
+            ),
+            counting=("round",),
         ),
         curves(
             Look(
-                (0, 24, 8, 8),
+                (0, 21, 8, 6),
                 "Speed of training",
                 "Images a second in a pass of fixed size, empty places included, in two digits: the machine's speed, "
                 "and "
@@ -199,7 +201,7 @@ def _node() -> list[object]:
         ),
         curves(
             Look(
-                (8, 24, 8, 8),
+                (8, 21, 8, 6),
                 "GPU memory",
                 "The most that training took, in sixteenths of the card; 0 where training runs on a CPU.",
                 "bytes",
@@ -208,7 +210,7 @@ def _node() -> list[object]:
         ),
         bars(
             Look(
-                (16, 24, 8, 8),
+                (16, 21, 8, 6),
                 "Bytes that left the house",
                 "Sent by this node in the time shown, by RPC. SubmitUpdate is the masked vector; its size is the "
                 "model's, not "
@@ -216,8 +218,9 @@ def _node() -> list[object]:
                 "bytes",
             ),
             Query(
-                f'label_replace(sum by (method) (increase(wardround_rpc_client_bytes_total{{{JOB}, direction="sent"}}'
-                '[$__range])) > 0, "call", "$1", "method", ".*/(.*)")',
+                f"sort_desc(label_replace(sum by (method) (increase(wardround_rpc_client_bytes_total{{{JOB}, "
+                f'direction="sent"}}'
+                '[$__range])) > 0, "call", "$1", "method", ".*/(.*)"))',
                 "{{call}}",
             ),
         ),
@@ -227,21 +230,41 @@ def _node() -> list[object]:
 def _record() -> list[object]:
     return [
         number(
-            Look((0, 32, 4, 4), "Ledger events", "Debits and notes in the ledger: it only grows.", "none", decimals=0),
+            Look((0, 27, 4, 4), "Ledger events", "Debits and notes in the ledger: it only grows.", "none", decimals=0),
             Query(of("ledger_events")),
         ),
         number(
             Look(
-                (0, 36, 4, 4),
+                (0, 31, 4, 4),
                 "Newest event",
                 "Age of the ledger's head. It should not be older than the newest round of this hospital.",
                 "s",
             ),
             Query(f"time() - ({of('ledger_head_timestamp_seconds')} > 0)"),
         ),
+        number(
+            Look(
+                (4, 27, 4, 4),
+                "Study",
+                "Stopped means that an alarm ended the open study here for good.",
+                "none",
+                words={0: ("runs", GREEN), 1: ("stopped", RED)},
+            ),
+            Query(of("study_halted")),
+        ),
+        number(
+            Look(
+                (4, 31, 4, 4),
+                "Charter of the round",
+                "Whether the open round runs under a charter that is pinned here.",
+                "none",
+                words={0: ("pinned", GREEN), 1: ("not pinned", RED)},
+            ),
+            Query(of("charter_unpinned")),
+        ),
         listing(
             Look(
-                (4, 32, 7, 8),
+                (8, 27, 6, 8),
                 "Refusals by reason",
                 "Rounds or attempts that this hospital refused in the time shown, never for a reason that the data "
                 "gave. The "
@@ -256,7 +279,7 @@ def _record() -> list[object]:
         ),
         listing(
             Look(
-                (11, 32, 8, 8),
+                (14, 27, 10, 4),
                 "Studies",
                 "ε by study of the policy: spent, still allowed, and allowed in all.",
                 "none",
@@ -269,7 +292,7 @@ def _record() -> list[object]:
         ),
         listing(
             Look(
-                (19, 32, 5, 4),
+                (14, 31, 5, 4),
                 "Charters",
                 "Digests of the charters pinned here; compare them with the centre's.",
                 "none",
@@ -277,11 +300,7 @@ def _record() -> list[object]:
             Query(f"max by (charter, digest) (wardround_charter_info{{{JOB}}})"),
             columns={"charter": "charter", "digest": "digest"},
         ),
-        listing(
-            Look((19, 36, 5, 4), "What runs", "Version of the service.", "none"),
-            Query(f"max by (id, version) (wardround_build_info{{{JOB}}})"),
-            columns={"id": "id", "version": "version"},
-        ),
+        everywhere.runs((19, 31, 5, 4), JOB),
     ]
 
 

@@ -27,6 +27,7 @@ PHASE_SECONDS = Histogram(
 )
 ROUND = Gauge("wardround_round_number", "Newest round that was opened")
 TARGET = Gauge("wardround_round_target", "Round that the plan in force runs through")
+ATTEMPT = Gauge("wardround_round_attempt", "Newest attempt of the newest round")
 ATTEMPTS = Counter("wardround_round_attempts_total", "Attempts proposed")
 ROUNDS = Counter("wardround_rounds_total", "Rounds that are over, by outcome", ["outcome"])
 ATTEMPTS_ENDED = Counter("wardround_round_attempts_ended_total", "Attempts that were given up", ["outcome"])
@@ -42,6 +43,7 @@ CONNECTED = Gauge("wardround_member_connected", "1 while the member's stream is 
 HAS_SUBMITTED = Gauge(
     "wardround_member_submitted", "1 when the hospital's update for the open attempt is complete here", ["member"]
 )
+HAS_DECLINED = Gauge("wardround_member_declined", "1 when the hospital has declined the open round", ["member"])
 NEWEST_ROUND = Gauge(
     "wardround_member_round",
     "Newest round whose cohort holds the hospital, or was locked by the pod",
@@ -110,6 +112,7 @@ def show_state(state: State) -> None:
     PHASE_STARTED.set(state.entered / 1000)
     PHASE_ENDS.set(ends(state) / 1000)
     ROUND.set(state.round)
+    ATTEMPT.set(state.attempt)
     MODEL_VERSION.set(state.version)
     SUBMITTED.set(len(state.submissions))
 
@@ -119,6 +122,7 @@ def show_history(roster: Roster, state: State, cohort: Collection[str], newest: 
     COHORT.set(len(cohort))
     for hospital in roster.hospitals:
         HAS_SUBMITTED.labels(hospital).set(hospital in state.submissions)
+        HAS_DECLINED.labels(hospital).set(hospital in state.declined)
         NEWEST_ROUND.labels("hospital", hospital).set(newest.get(("hospital", hospital), 0))
     for pod in roster.pods:
         NEWEST_ROUND.labels("pod", pod.id).set(newest.get(("pod", pod.id), 0))

@@ -53,7 +53,7 @@ _DATASET_SOLO = Gauge(
 )
 _DATASET_LEFT = Gauge("wardround_privacy_dataset_epsilon_left", "ε that the policy still allows the data set")
 _DATASET_CAP = Gauge("wardround_privacy_dataset_epsilon_cap", "ε that the policy allows the data set in all")
-_REFUSALS = Counter("wardround_refusals_total", "Rounds or attempts that this hospital refused", ["reason"])
+_REFUSALS = Counter("wardround_refusals_total", "Rounds that this hospital refused", ["reason"])
 _HALTED = Gauge("wardround_study_halted", "1 when an alarm stopped the open study here, else 0")
 _CONNECTED = Gauge("wardround_connected", "1 while the aggregator's state is being watched, else 0")
 _UNPINNED = Gauge("wardround_charter_unpinned", "1 while the open round runs under a charter not pinned here, else 0")

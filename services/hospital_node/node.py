@@ -150,6 +150,7 @@ class Node:
         self._latest = Latest()
         self._watcher = Watcher(client, consents, self._latest, self._stop)
         self._refused: tuple[RoundState, bytes] | None = None
+        self._counted: tuple[tuple[bytes, int], Reason] | None = None
         self._declined: set[tuple[bytes, int]] = set()
         self._failed: set[tuple[bytes, int]] = set()
 
@@ -214,7 +215,9 @@ class Node:
         """Say why, once; tell the aggregator only what cannot depend on patients' data (P-6)."""
         place = (state.study, state.round)
         self._refused = (state, self._policy_digest())
-        metrics.refused(error.reason)
+        if (place, error.reason) != self._counted:
+            self._counted = place, error.reason
+            metrics.refused(error.reason)
         metrics.halted(self._participation.store.halted(state.study) is not None)
         self._say("refused", error)
         if error.reason in metrics.DATA_REASONS:

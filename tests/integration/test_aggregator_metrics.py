@@ -27,6 +27,7 @@ def test_the_metrics_name_who_took_part_and_survive_a_restart(tmp_path: Path) ->
         whole.hospitals["dave"].wait_for(lambda now: now.round == 1)
         assert shown("round_phase_ends_timestamp_seconds") > shown("round_phase_started_timestamp_seconds") > 0
         whole.hospitals["dave"].decline(whole.hospitals["dave"].now)
+        until(lambda: shown("member_declined", member="dave") == 1)
         whole.hospitals["alice"].wait_for(over(1))
         until(lambda: shown("round_phase", phase="finished") == 1)
         after = {cause: shown("hospitals_dropped_total", cause=cause) - before[cause] for cause in causes}

@@ -1,0 +1,125 @@
+"""A whole federation of real processes under a real Prometheus, with something of everything that dashboards show.
+
+Six training rounds and the final evaluation of `wardround demo`, in which
+- two pods restart while round 2 collects: more than the committee bears, so the attempt is abandoned and repeated;
+- a hospital is killed in round 3 and comes back after it;
+- another hospital's data set has too little ε for all rounds: it refuses the later ones.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.monitoring.build import HELM
+from deploy.monitoring.evaluate import Window
+from deploy.monitoring.prometheus import Prometheus
+from services.cli import demo, synthetic
+from services.cli.evidence import administration, status
+from services.cli.federation import Federation
+from services.cli.processes import stop_all, wait_for_file
+from services.common.documents.emit import emit
+from services.common.documents.policy import load_policy
+from services.common.errors import Reason, ServiceError
+from services.common.ids import Role
+from wardround.admin.v1 import admin_pb2
+
+ROUNDS = 6
+HOSPITALS = ("alice", "bob", "carol", "dave")
+ABSENT, POOR = "carol", "dave"
+_EPSILON, _POOR_SHARE = 8.0, 0.72  # so that it lasts for about half of the rounds
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The federation at the end of its study, its processes and Prometheus still up."""
+
+    prometheus: Prometheus
+    window: Window
+    federation: Federation
+
+    def job(self, dashboard: str) -> str:
+        """The value of the variable `job` for a dashboard: rounds, site or committee."""
+        if dashboard == "committee":
+            return "|".join(f"wardround/{pod.id}" for pod in self.federation.of(Role.POD))
+        return f"wardround/{self.federation.aggregator.id if dashboard == 'rounds' else POOR}"
+
+
+@contextmanager
+def recorded(folder: Path, minutes: float = 20, tell: Callable[[str], None] = lambda line: None) -> Iterator[Recorded]:
+    """Run the study in `folder` (empty or new) to its end. Raises UNREACHABLE when it does not end in time."""
+    data = {name: folder / "data" / name for name in HOSPITALS}
+    synthetic.write_sites(folder / "data", HOSPITALS)
+    laid = demo.lay_out(
+        folder, data, 4, 2, "small-cnn", "local", ROUNDS, _EPSILON, None, None, synthetic_data=True, quick_deadline=True
+    )
+    _impoverish(laid)
+    until = time.monotonic() + 60 * minutes
+    running = demo.start(laid)
+    try:
+        rules = sorted(HELM.glob("*/files/rules.yaml"))
+        with Prometheus(folder / "prometheus", _targets(running), rules) as prometheus:
+            began = time.time()
+            _play(running, prometheus, until, tell)
+            time.sleep(5)  # the last state is scraped and the rules have seen it
+            yield Recorded(prometheus, Window(began, time.time()), laid)
+    finally:
+        stop_all(list(running.services.values()))
+
+
+def _impoverish(laid: Federation) -> None:
+    """Give one hospital's data set less ε than the study takes."""
+    path = next(site.folder for site in laid.sites if site.id == POOR) / "policy.yaml"
+    policy = load_policy(path.read_bytes()).document
+    path.write_bytes(emit(policy.model_copy(update={"dataset_epsilon": _POOR_SHARE * _EPSILON})))
+
+
+def _targets(running: demo.Running) -> dict[str, str]:
+    return {
+        site.id: wait_for_file(site.state / "http.address", running.services[site.id], 120)
+        for site in running.federation.sites
+    }
+
+
+def _restart(running: demo.Running, names: list[str]) -> None:
+    for site in running.federation.sites:
+        if site.id in names:
+            (site.state / "http.address").unlink(missing_ok=True)
+            running.services[site.id].start()
+
+
+def _play(running: demo.Running, prometheus: Prometheus, until: float, tell: Callable[[str], None]) -> None:
+    pods = [site.id for site in running.federation.of(Role.POD)][-2:]
+    done: set[str] = set()
+    dead: set[str] = set()
+
+    def once(what: str) -> bool:
+        if what in done:
+            return False
+        done.add(what)
+        tell(what)
+        return True
+
+    with administration(running.federation, running.federation.aggregator, running.address) as centre:
+        while time.monotonic() < until:
+            running.check(dead)
+            now = status(centre) or admin_pb2.Status()
+            if now.finished:
+                return
+            if (now.round, now.phase) == (2, "collecting") and once(
+                f"{' and '.join(pods)} restart while round 2 collects"
+            ):
+                for name in pods:
+                    running.services[name].kill()
+                _restart(running, pods)
+                prometheus.retarget(_targets(running))
+            if (now.round, now.phase) == (3, "training") and once(f"{ABSENT} is killed in round 3"):
+                running.services[ABSENT].kill()
+                dead = {ABSENT}
+            if now.round == 4 and once(f"{ABSENT} comes back"):
+                _restart(running, [ABSENT])
+                dead = set()
+                prometheus.retarget(_targets(running))
+            time.sleep(0.2)  # the rhythm of looking; what happens depends on the state alone
+    raise ServiceError(Reason.UNREACHABLE, f"the study did not end in time: see {running.federation.root / 'logs'}")
