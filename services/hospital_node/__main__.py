@@ -83,6 +83,7 @@ def run(
     health = Health(["store", "certificate", "loop"])
     health.look("certificate", lambda: certificate_now(config.tls.certificate, clock.now_ms()))
     http = serve_http(config.http, health, config.state / "http.address")
+    metrics.hide_the_process()
     announce("hospital", config.id, config.tls.certificate)
     board = StatusBoard(config.id)
     client = AggregatorClient(open_caller(config, charter))

@@ -1,11 +1,12 @@
 """The hospital's metrics (prefix wardround_). The scraper need not be the site's own, so nothing here depends on
-patients' data: no losses, no batch sizes, no training failures, nor when training was done, which at q < 1 tells how
-many were drawn; ε is a function of the study and the rounds alone.
+patients' data: no losses, no batch sizes, no training failures, no processor time, nor when training was done, which at
+q < 1 tells how many were drawn; ε is a function of the study and the rounds alone.
 """
 
+import contextlib
 from collections.abc import Mapping
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import GC_COLLECTOR, PROCESS_COLLECTOR, REGISTRY, Counter, Gauge
 
 from services.common.documents.policy import LoadedPolicy
 from services.common.errors import Reason
@@ -59,7 +60,7 @@ _CONNECTED = Gauge("wardround_connected", "1 while the aggregator's state is bei
 _UNPINNED = Gauge("wardround_charter_unpinned", "1 while the open round runs under a charter not pinned here, else 0")
 _SPEED = Gauge(
     "wardround_training_images_per_second",
-    "Speed of the newest pass of fixed size, places that no patient fills included, in two digits",
+    "Speed of the newest training in passes of fixed size, places that no patient fills included, in two digits",
 )
 _GPU = Gauge(
     "wardround_gpu_memory_bytes", "Memory of the GPU that trains, in sixteenths of it; 0 without one", ["kind"]
@@ -81,6 +82,8 @@ _OF_DATASET = {
     "dataset_epsilon_solo": _DATASET_SOLO,
     "dataset_epsilon_left": _DATASET_LEFT,
 }
+_speed = [0.0, 0.0]  # images and seconds since the figure was shown
+_gpu: dict[str, int] = {}
 _names: dict[str, str] = {}  # of studies; empty until the study was fetched
 
 for _kind in ("used", "total"):
@@ -95,6 +98,8 @@ for _reason in Reason:
 def show(progress: Progress) -> None:
     """Take what the node does now."""
     now = "training" if progress.phase == "trained" else progress.phase
+    if now not in ("fetching", "training"):
+        _show_training()
     for phase in PHASES:
         _PHASE.labels(phase).set(phase == now)
     _ROUND.set(progress.round)
@@ -147,16 +152,33 @@ def unpinned(is_unpinned: bool) -> None:
 
 
 def computed(images: int, seconds: float) -> None:
-    """A pass over `images`, the empty places of a fixed size included: its time is the machine's, not the data's."""
-    if seconds > 0:
-        _SPEED.set(float(f"{images / seconds:.2g}"))
+    """A pass over `images`, the empty places of a fixed size included: its time is the machine's, not the data's.
+
+    Shown with the next phase: a figure that moves while a training runs would tell how long it did.
+    """
+    _speed[0] += images
+    _speed[1] += seconds
 
 
 def gpu_memory(most_used: int, total: int) -> None:
-    """Bytes. Coarse: how many patients were drawn must not be read from it."""
+    """Bytes, shown with the next phase. Coarse: how many patients were drawn must not be read from it."""
     step = max(1, total // 16)
-    _GPU.labels("used").set(min(total, -(-most_used // step) * step))
-    _GPU.labels("total").set(total)
+    _gpu["used"], _gpu["total"] = min(total, -(-most_used // step) * step), total
+
+
+def _show_training() -> None:
+    if _speed[1] > 0:
+        _SPEED.set(float(f"{_speed[0] / _speed[1]:.2g}"))
+        _speed[:] = [0.0, 0.0]
+    for kind, amount in _gpu.items():
+        _GPU.labels(kind).set(amount)
+
+
+def hide_the_process() -> None:
+    """Take the client's own figures away: processor time and garbage collections follow the size of every batch."""
+    for collector in (PROCESS_COLLECTOR, GC_COLLECTOR):
+        with contextlib.suppress(KeyError):  # gone already
+            REGISTRY.unregister(collector)
 
 
 class LedgerHead:

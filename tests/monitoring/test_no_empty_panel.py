@@ -70,6 +70,12 @@ def test_every_metric_of_the_guide_is_scraped(run: Recorded) -> None:
     assert missing == {"wardround_pod_headers_refused_total"}
 
 
+def test_processor_time_is_shown_by_everybody_but_hospitals(run: Recorded) -> None:
+    jobs = {series.labels["job"] for series in run.prometheus.query("process_cpu_seconds_total", run.window.end)}
+    hospitals = {f"wardround/{name}" for name in HOSPITALS}
+    assert jobs == {f"wardround/{site.id}" for site in run.federation.sites} - hospitals
+
+
 def test_rules_are_sound_and_those_fire_that_should(run: Recorded) -> None:
     rules = run.prometheus.rules()
     assert {rule["health"] for rule in rules} == {"ok"}

@@ -1,5 +1,7 @@
 """What a hospital shows to whoever scrapes it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 from prometheus_client import REGISTRY
@@ -65,10 +67,43 @@ def test_the_ledger_head_has_the_time_of_the_newest_event() -> None:
 
 def test_speed_and_gpu_memory_are_coarse() -> None:
     metrics.computed(12_345, 1.0)
+    metrics.show(Progress(phase="submitting"))
     assert shown("training_images_per_second") == 12_000
     for used in (1, 5 << 30):
         metrics.gpu_memory(used, 80 << 30)
+        metrics.show(Progress(phase="submitting"))
         assert shown("gpu_memory_bytes", kind="used") == 5 << 30
     assert shown("gpu_memory_bytes", kind="total") == 80 << 30
     metrics.gpu_memory(0, 0)
+    metrics.show(Progress(phase="submitting"))
     assert shown("gpu_memory_bytes", kind="used") == 0
+
+
+def test_no_figure_moves_while_a_training_runs() -> None:
+    """Else the last change would say when it was done."""
+    metrics.computed(1000, 1.0)
+    metrics.show(Progress(phase="submitted"))
+    for phase in ("fetching", "training", "trained"):
+        metrics.computed(5000, 1.0)
+        metrics.gpu_memory(1 << 30, 16 << 30)
+        metrics.show(Progress(phase=phase))
+        assert shown("training_images_per_second") == 1000
+    metrics.show(Progress(phase="submitting"))
+    assert shown("training_images_per_second") == 5000
+    assert shown("gpu_memory_bytes", kind="total") == 16 << 30
+
+
+def test_processor_time_of_a_hospital_is_not_shown() -> None:
+    """It follows the size of every batch."""
+    program = (
+        "from prometheus_client import generate_latest\n"
+        "from services.hospital_node import metrics\n"
+        "assert b'process_cpu_seconds_total' in generate_latest()\n"
+        "metrics.hide_the_process()\n"
+        "metrics.hide_the_process()\n"
+        "print(generate_latest().decode())\n"
+    )
+    shown_now = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "wardround_hospital_phase" in shown_now
+    assert "process_" not in shown_now
+    assert "python_gc" not in shown_now
