@@ -1,7 +1,7 @@
 """A hospital's round, killed before each of its writes in turn, and lived again from what lay on the disk.
 
-`python -m tests.support.kill_every_write FOLDER [EVERY]` prints one JSON object a kill. A process of its own: it
-forks, which a process with gRPC's threads must not. Round 1 is whole; round 2, which trains and carries a gate,
+`python -m tests.support.kill_every_write FOLDER MECHANISM EVERY` prints one JSON object a kill. A process of its own:
+it forks, which a process with gRPC's threads must not. Round 1 is whole; round 2, which trains and carries a gate,
 is the one that dies: from the training to the scrubbing after its result.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from services.cli.ledger import verify_source
 from services.cli.ledger_source import open_source
 from services.common.clock import SystemClock
+from services.common.secagg.encoding import decode_class
 from services.common.secagg.signing import digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.__main__ import own_signer
@@ -29,10 +30,19 @@ from services.hospital_node.store import Store
 from tests.support.consortium import derive
 from tests.support.direct_caller import DirectCaller, read_log, remember
 from tests.support.fake_aggregator_for_hospitals import FakeAggregator
-from tests.support.hospital_world import FixedTrainer, World, make_world
+from tests.support.hospital_world import HOSPITALS, FixedTrainer, World, make_world
 from tests.support.kill_points import KillPoints
 
 PARAMETERS = 300_000  # y has two chunks
+STEP = 1 / 8  # between one draw's lanes and the next one's: far more than their mean's noise, far less than a clip
+STUDIES: dict[str, dict[str, Any]] = {
+    "local": {"encoding": {"update_clip": 1000.0}},
+    "shared": {
+        "privacy": {"mechanism": "shared", "patients": dict.fromkeys(HOSPITALS, 100)},
+        "training": {"learning_rate": None},
+        "server": {"strategy": "sgd"},
+    },
+}
 
 
 class DrawTrainer(FixedTrainer):
@@ -40,7 +50,7 @@ class DrawTrainer(FixedTrainer):
 
     def train(self, study: Any, round_number: int, model: Path, model_digest: bytes, should_stop: Any) -> Any:
         found = super().train(study, round_number, model, model_digest, should_stop)
-        return np.full_like(found, sum(line.startswith("train") for line in self.lines()) / 1024)
+        return np.full_like(found, STEP * sum(line.startswith("train") for line in self.lines()))
 
 
 class Life:
@@ -85,7 +95,8 @@ class Script:
         self.world, self.folder = world, folder
         self.aggregator = FakeAggregator(world)
         self.site = folder / "site"
-        self.config = load_config(world.write_site(self.site, "127.0.0.1:1"))
+        mechanism = world.study.document.privacy.mechanism
+        self.config = load_config(world.write_site(self.site, "127.0.0.1:1", mechanisms=[mechanism]))
         self.documents = SiteDocuments(self.config)
         first = Life(self.aggregator, self.config, self.documents, self.site)
         self.aggregator.open_round(1)
@@ -165,13 +176,14 @@ class Script:
         for name, arrived in aggregator.arrived.items():
             if checked.M not in arrived.header.blob:
                 continue
-            first, end = checked.table.lane_range("parameter")
-            size = checked.table.ring.lane_bytes
-            packed = aggregator.open_vector(arrived, checked)
-            lane = checked.table.lane_class("parameter")
-            draws = np.unique(np.frombuffer(packed, "<i4")[first:end]) / 2.0**lane.fraction_bits * 1024
-            gate = packed[checked.table.lane_range("gate")[0] * size : checked.table.lane_range("gate")[1] * size]
-            out.append({"header": name.hex(), "draws": draws.tolist(), "gate": gate.hex()})
+            packed, table = aggregator.open_vector(arrived, checked), checked.table
+            lanes = {}
+            for wanted in ("parameter", "gate"):
+                first, end = (place * table.ring.lane_bytes for place in table.lane_range(wanted))
+                lanes[wanted] = packed[first:end]
+            mean = decode_class(table, "parameter", lanes["parameter"]).mean()
+            draw = float(mean) / 2.0 ** table.lane_class("parameter").fraction_bits / STEP
+            out.append({"header": name.hex(), "draw": draw, "gate": lanes["gate"].hex()})
         return out
 
 
@@ -191,8 +203,8 @@ def in_child(work: Callable[[], None], log: Path) -> int:
 
 
 def main() -> int:
-    folder, every = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    script = Script(make_world(folder / "world", PARAMETERS), folder)
+    folder, mechanism, every = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    script = Script(make_world(folder / "world", PARAMETERS, **STUDIES[mechanism]), folder)
     number = 1
     while True:
         place = folder / f"life-{number}"
