@@ -24,6 +24,8 @@ from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.leaf import LeafFiles, LeafWatch, check_own_leaf
 
+_PUBLISHED_SHARE = 0.9  # of the published patients: a rounded figure, and where the site draws its split it varies
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -87,7 +89,7 @@ def check_site(config: Path, study: Path | None, connect: bool, now_ms: int) -> 
         checks.run("study and model", lambda: _study_and_model(found, charter_found))
     if role is Role.HOSPITAL:
         checks.run("policy", lambda: _policy(Path(found.policy), found.id))
-        checks.run("data", lambda: _data(Path(found.data), study))
+        checks.run("data", lambda: _data(Path(found.data), study, found.id))
     if connect and role is not Role.AGGREGATOR:
         way = Way(found, role, charter_found)
         checks.run("address", way.resolve)
@@ -175,21 +177,27 @@ def _policy(path: Path, id: str) -> str:
     return f"allows {len(policy.studies)} studies" if policy.studies else "?allows no study: nothing will be sent"
 
 
-def _data(folder: Path, study: Path | None) -> str:
+def _data(folder: Path, study: Path | None, id: str) -> str:
     if study is not None:
-        return _dataset(folder, load_study(read(study), study.name))
+        return _dataset(folder, load_study(read(study), study.name), id)
     from services.hospital_node.dataset import check_folder
 
     return f"{check_folder(folder)} images in {folder}; add --study to check every row"
 
 
-def _dataset(folder: Path, study: LoadedStudy) -> str:
+def _dataset(folder: Path, study: LoadedStudy, id: str) -> str:
     from services.hospital_node.dataset import load_dataset
 
     model = study.document.model
     with tempfile.TemporaryDirectory() as scratch:  # the real state folder keeps the site's split key
         found = load_dataset(folder, model.classes, model.image_size, Path(scratch))
-    words = f"{len(found)} images, unit: {found.unit}"
+    words, published = f"{len(found)} images, unit: {found.unit}", study.document.privacy.patients.get(id, 0)
+    if len(found.fold("train")) < _PUBLISHED_SHARE * published:
+        # Told here alone: a hospital that stayed away for it would publish how many patients it has.
+        return (
+            f"?{words}: fewer training {found.unit}s than the {published} that the study publishes for {id}; its noise "
+            "is as large, its help smaller: correct privacy.patients before the study runs, not after"
+        )
     return words if found.unit == "patient" else f"?{words}: ε protects one {found.unit}, not a whole patient"
 
 

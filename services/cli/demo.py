@@ -62,7 +62,9 @@ def demo(  # what a person may choose; each has a default that works
     hospitals: Annotated[int, typer.Option(min=2, max=10, help="how many, with synthetic images")] = 4,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="training rounds; one evaluation follows; default: 4, and 20 under shared"),
+        typer.Option(
+            min=1, max=1000, help="training rounds; one evaluation follows; default: 4, under shared as tuned"
+        ),
     ] = None,
     committee: Annotated[str, typer.Option(help="pods and threshold: 4,2 or 5,3 or 3,3 or 7,3")] = "4,2",
     cohort: Annotated[
@@ -87,8 +89,9 @@ def demo(  # what a person may choose; each has a default that works
     """
     console = Console()
     started = time.monotonic()
+    shared = mechanism is Mechanism.shared
     pods, threshold = _pair(committee, "--committee", "pods and threshold, such as 5,3")
-    rounds = rounds or (20 if mechanism is Mechanism.shared else 4)
+    rounds = rounds or (demo_study.settings_of(model, synthetic=data is None).shared_rounds if shared else 4)
     _claim_folder(output)
     if data is None:
         console.print(f"Drawing synthetic images for {hospitals} hospitals …")
@@ -146,9 +149,7 @@ def lay_out(
     `quick_deadline`: a round waits 25 s for the missing, not longer. `cohort`: (n_min, k); None: one hospital may be
     missing under `shared`, three are enough else, and one may collude. Raises INVALID_DOCUMENT and the like.
     """
-    if model not in demo_study.REAL:
-        raise ServiceError(Reason.INVALID_DOCUMENT, f"model {model!r} is unknown: choose {', '.join(demo_study.REAL)}")
-    settings = demo_study.SYNTHETIC if synthetic_data and model == "small-cnn" else demo_study.REAL[model]
+    settings = demo_study.settings_of(model, synthetic=synthetic_data)
     if quick_deadline:
         settings = replace(settings, submit_seconds=25)
     weights = _backbone(output, backbone) if backbone is not None else None

@@ -19,13 +19,15 @@ from services.common.documents.study import (
     Study,
     TimingSection,
 )
+from services.common.errors import Reason, ServiceError
 
 
 @dataclass(frozen=True)
 class Settings:
     """What was tuned for one model on one kind of data (docs/results.md); seconds are for two cores.
 
-    `server_rate`: of the global steps under `shared`, each of which takes `shared_seconds` at most.
+    Under `shared`: `shared_rounds` global steps at `server_rate`, each of which takes `shared_seconds` at most. At full
+    batch many small steps cost no more noise than few large ones.
     """
 
     image_size: int
@@ -38,18 +40,27 @@ class Settings:
     plain_rate: float
     server_rate: float
     shared_seconds: float
+    shared_rounds: int
 
 
-SYNTHETIC = Settings(28, 1.0, 5, 0.7, 3, 60, 20, 0.05, 1.0, 1)
+SYNTHETIC = Settings(28, 1.0, 5, 0.7, 3, 60, 20, 0.05, 1.0, 1, 20)
 REAL = {
-    "small-cnn": Settings(64, 0.2, 10, 1.0, 20, 1800, 60, 0.05, 1.0, 10),
-    "resnet18-gn": Settings(64, 0.03, 2, 0.5, 60, 7200, 30, 0.05, 0.5, 60),
-    "linear-head": Settings(224, 1.0, 5, 15.0, 20, 1800, 40, 3.0, 15.0, 0),
+    "small-cnn": Settings(64, 0.2, 10, 1.0, 20, 1800, 60, 0.05, 1.0, 10, 40),
+    "resnet18-gn": Settings(64, 0.03, 2, 0.5, 60, 7200, 30, 0.05, 0.5, 60, 20),
+    "linear-head": Settings(224, 1.0, 5, 15.0, 20, 1800, 40, 3.0, 3.0, 0, 100),
 }
 
 # Images of each class as HAM10000's authors published them (Tschandl 2018): public, so they cost nothing. A site's own
 # counts would be private (privacy.md §5).
 _HAM10000 = {"akiec": 327, "bcc": 514, "bkl": 1099, "df": 115, "mel": 1113, "nv": 6705, "vasc": 142}
+HAM10000_CLASSES = tuple(sorted(_HAM10000))
+
+
+def settings_of(model: str, *, synthetic: bool) -> Settings:
+    """What was tuned for `model`. Raises INVALID_DOCUMENT for an unknown one."""
+    if model not in REAL:
+        raise ServiceError(Reason.INVALID_DOCUMENT, f"model {model!r} is unknown: choose {', '.join(REAL)}")
+    return SYNTHETIC if synthetic and model == "small-cnn" else REAL[model]
 
 
 def draft(
@@ -101,7 +112,7 @@ def draft(
         encoding=EncodingSection(update_clip=50.0, update_bound=4.0),
         evaluation=evaluation_section(mechanism, epsilon, delta, gate_rounds(rounds) if shared else _each(rounds)),
         gate=GateSection(largest_drop=0.3),
-        server=server_section(mechanism, settings.server_rate, momentum=0.9),
+        server=server_section(mechanism, settings.server_rate, 0.9, rounds),
         cohort=cohort,
         timing=TimingSection(
             train_seconds=train_seconds,

@@ -86,7 +86,7 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
         ),
         training=training_section(choices.mechanism, 0.5 if head else 0.1, momentum=0.9, local_steps=steps),
         evaluation=evaluation_section(choices.mechanism, choices.epsilon, choices.delta, gates),
-        server=server_section(choices.mechanism, 2.0 if head else 0.5, momentum=0.9),
+        server=server_section(choices.mechanism, 3.0 if head else 0.5, 0.9, choices.rounds),
         cohort=cohort,
         timing=TimingSection(train_seconds=600, submit_seconds=600, attempt_seconds=1800),
     )
@@ -219,11 +219,14 @@ def training_section(mechanism: str, learning_rate: float, *, momentum: float, *
     return TrainingSection(learning_rate=learning_rate, momentum=momentum, **more)
 
 
-def server_section(mechanism: str, learning_rate: float, momentum: float) -> ServerSection:
-    """`shared`: SGD with momentum on the global gradient; else FedAvg."""
+def server_section(mechanism: str, learning_rate: float, momentum: float, rounds: int) -> ServerSection:
+    """`shared`: SGD with momentum on the global gradient, publishing the mean of the last quarter; else FedAvg."""
     if mechanism != "shared":
         return ServerSection()
-    return ServerSection(strategy="sgd", learning_rate=learning_rate, momentum=momentum)
+    tail = max(1, rounds // 4)
+    return ServerSection(
+        strategy="sgd", learning_rate=learning_rate, momentum=momentum, averaging="tail", averaging_rounds=tail
+    )
 
 
 def evaluation_section(mechanism: str, epsilon: float, delta: float, gates: tuple[int, ...]) -> EvaluationSection:

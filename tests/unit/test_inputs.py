@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from services.common.documents.costs import training_noise
 from services.common.documents.study import Study
+from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import inputs
 from services.hospital_node.backbones import EfficientNetLite0
@@ -79,6 +82,35 @@ def test_the_heads_closed_form_is_taken_and_trains(
         )  # fmt: skip
         assert result is not None
         assert np.abs(result.delta).max() > 0
+
+
+def test_nobody_outside_can_tell_a_gradient_that_is_not_finite(backbones: tuple[Path, str], tmp_path: Path) -> None:
+    """privacy.md §3: byte for byte what the site would send without that patient; no metric says more."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    folder, digest = backbones
+    study = head_study(digest, mechanism="shared", privacy={"sampling_rate": 1.0, "patients": {"alice": 10}})
+    compute, start = Compute(threads=1, backbones=folder), initial_vector(study.model, 1)
+    noise = training_noise(study)
+    sent, shown = [], []
+    for name in ("whole", "spoiled", "without"):
+        data = small_site(tmp_path / name / "data", tmp_path / name / "state", patients=24)
+        section, fold = study.model.backbone, data.fold("train")
+        assert section is not None
+        cached_features(data, section, CPU, folder)
+        if name == "spoiled":
+            for image in fold.images[3]:
+                inputs.write_feature(inputs.feature_cache(data, section)[image], np.full(1280, np.nan, "<f4").tobytes())
+        if name == "without":
+            kept = [number for number in range(len(fold)) if number != 3]
+            data.folds["train"] = replace(fold, images=tuple(fold.images[i] for i in kept), labels=fold.labels[kept])
+        total = clipped_gradient_sum(start, data, study, keys=lambda: bytes(32), compute=compute)
+        lanes = integer_sum(total, study.privacy.scale_bits, noise.room((2**31 - 1) // 4))
+        sent.append((lanes + discrete_gaussian(noise.scale).draw(bytes(32), lanes.size)).tobytes())
+        lines = generate_latest(REGISTRY).decode().splitlines()
+        shown.append([line for line in lines if not line.startswith(("wardround_training", "process_", "python_"))])
+    assert sent[1] == sent[2] != sent[0]
+    assert shown[1] == shown[2]
 
 
 def test_a_damaged_or_foreign_feature_is_computed_again(site: Dataset, backbones: tuple[Path, str]) -> None:

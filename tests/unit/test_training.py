@@ -348,6 +348,20 @@ def test_turns_are_the_eight_of_the_square(site: Dataset) -> None:
     assert torch.equal(turned[6].flip(2).rot90(-2, (1, 2)), upright[0])
 
 
+def test_a_site_with_fewer_patients_than_published_is_told_at_its_own_check_and_nowhere_else(tmp_path: Path) -> None:
+    """Bad input of a site, known before the study: later its absence would publish how many patients it has."""
+    from services.cli.check import _dataset
+    from services.common.documents.study import LoadedStudy
+
+    small_site(tmp_path / "data", tmp_path / "state", patients=24)  # 16 of them train
+    for published, warned in ((10, False), (16, False), (17, False), (18, True), (500, True)):
+        study = small_study("shared", privacy={"patients": {"alice": published}})
+        said = _dataset(tmp_path / "data", LoadedStudy(study, bytes(32), b""), "alice")
+        assert ("fewer training patients" in said) is warned, published
+        assert said.startswith("?") is warned
+    assert not _dataset(tmp_path / "data", LoadedStudy(study, bytes(32), b""), "bob").startswith("?")
+
+
 def test_prepare_decodes_everything_once(tmp_path: Path) -> None:
     data = small_site(tmp_path / "data", tmp_path / "state", patients=12)
     data.paths[3].write_bytes(b"broken")
