@@ -300,7 +300,11 @@ class Participation:
             answers = self._client.results(study.digest, self.store.chain(study.digest).round)
             if not answers:
                 break  # the claim does not end in a chain: the manifest's own check will refuse it
-            follow_results(self.store, self.ledger, self.hospital, study, rosters, answers)
+            try:
+                follow_results(self.store, self.ledger, self.hospital, study, rosters, answers)
+            except ServiceError:
+                self._figures(study)  # an alarm has put into the ledger what the round really cost (L-3)
+                raise
             self._checkpoint("result-checked")
         self.progress.model_version = self.store.chain(study.digest).version
 

@@ -21,6 +21,12 @@ from tests.support.consortium import Consortium, PodKeys, derive
 HOSPITALS = ("alice", "bob", "carol", "dave")
 PODS = ("pod-0", "pod-1", "pod-2", "pod-3")
 AGGREGATOR = "centre"
+SHARED: dict[str, Any] = {
+    "privacy": {"mechanism": "shared", "patients": dict.fromkeys(HOSPITALS, 100)},
+    "training": {"learning_rate": None},
+    "server": {"strategy": "sgd"},
+}
+"""Sections of `study_document` for a study under `shared`."""
 PARAMETERS = 600_000  # y has more than two chunks
 
 

@@ -30,18 +30,14 @@ from services.hospital_node.store import Store
 from tests.support.consortium import derive
 from tests.support.direct_caller import DirectCaller, read_log, remember
 from tests.support.fake_aggregator_for_hospitals import FakeAggregator
-from tests.support.hospital_world import HOSPITALS, FixedTrainer, World, make_world
+from tests.support.hospital_world import SHARED, FixedTrainer, World, make_world
 from tests.support.kill_points import KillPoints
 
 PARAMETERS = 300_000  # y has two chunks
 STEP = 1 / 8  # between one draw's lanes and the next one's: far more than their mean's noise, far less than a clip
 STUDIES: dict[str, dict[str, Any]] = {
     "local": {"encoding": {"update_clip": 1000.0}},
-    "shared": {
-        "privacy": {"mechanism": "shared", "patients": dict.fromkeys(HOSPITALS, 100)},
-        "training": {"learning_rate": None},
-        "server": {"strategy": "sgd"},
-    },
+    "shared": SHARED,
 }
 
 
