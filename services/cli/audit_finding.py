@@ -31,26 +31,41 @@ class Reading:
     sure: float | None = None
 
     @property
+    def counted(self) -> float:
+        """What is held against the limit."""
+        return self.value if self.sure is None else self.sure
+
+    @property
     def holds(self) -> bool:
         """Whether it is what it should be."""
-        return (self.value if self.sure is None else self.sure) <= self.limit
+        return self.counted <= self.limit
 
 
 @dataclass
 class Finding:
-    """One meter. `shows` and `shows_not` are sentences for people; `caught` says which planted faults it saw."""
+    """One meter. `shows` and `shows_not` are sentences for people.
+
+    `caught`: which planted faults it saw; `told`: the reading that is worst under each.
+    """
 
     title: str
     shows: str
     shows_not: str
     readings: list[Reading] = field(default_factory=list)
     caught: dict[str, bool] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
         """Whether every reading holds."""
         return all(reading.holds for reading in self.readings)
+
+    def judge(self, fault: str, readings: list[Reading]) -> None:
+        """Take what the meter reads when this fault is planted."""
+        self.caught[fault] = catches(readings)
+        worst = max(readings, key=lambda reading: reading.counted / reading.limit)
+        self.told[fault] = f"{worst.what} {worst.counted:.2f} {worst.unit}, limit {worst.limit:.2f}"
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
@@ -63,7 +78,7 @@ class Finding:
                 {
                     "what": r.what,
                     "value": r.value,
-                    "sure": r.value if r.sure is None else r.sure,
+                    "held_against_the_limit": r.counted,
                     "limit": r.limit,
                     "unit": r.unit,
                     "holds": r.holds,
@@ -71,6 +86,7 @@ class Finding:
                 for r in self.readings
             ],
             "planted_faults_caught": self.caught,
+            "planted_faults_worst_reading": self.told,
             "notes": self.notes,
         }
 

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from services.cli.audit_finding import Finding, Reading, Say, catches
+from services.cli.audit_finding import Finding, Reading, Say
 from services.cli.audit_scratch import (
     FEATURES,
     Consortium,
@@ -61,14 +61,10 @@ def measure_noise(seed: int, rounds: int, say: Say) -> Finding:
     say("planted faults")
     fixed = os_keys()
     halved = with_privacy(shared, noise_multiplier=shared.document.privacy.noise_multiplier / 2)
-    finding.caught = {
-        "a share missing": catches(shared_readings(wards, 1, last=lambda ward, total: ward.bare_vector(total))),
-        "noise halved": catches(shared_readings(wards, 1, every=lambda ward, total: ward.vector(total, study=halved))),
-        "noise repeated": catches(
-            shared_readings(wards, 2, every=lambda ward, total: ward.vector(total, keys=lambda: fixed))
-        ),
-        "a sample re-noised": catches(sampling_readings(one_hot, renoised=True)),
-    }
+    finding.judge("a share missing", shared_readings(wards, 1, last=lambda ward, total: ward.bare_vector(total)))
+    finding.judge("noise halved", shared_readings(wards, 1, lambda ward, total: ward.vector(total, study=halved)))
+    finding.judge("noise repeated", shared_readings(wards, 2, lambda ward, total: ward.vector(total, lambda: fixed)))
+    finding.judge("a sample re-noised", sampling_readings(one_hot, renoised=True))
     return finding
 
 
@@ -95,7 +91,7 @@ def shared_readings(
             opened = open_sum(shape, members, masked=number == 0)
             rest = opened["parameter"] - np.sum(signals[:cohort], axis=0)
             _worst(found, f"cohort of {cohort}", rest, cohort * noise.scale**2)
-            counted = sum(np.concatenate([c.hits, c.totals]) for c in (ward.counts() for ward in wards[:cohort]))
+            counted = sum(np.concatenate([c.hits, c.totals]) for c in (ward.counts for ward in wards[:cohort]))
             counts = opened["gate"] - (counted << gate.fraction_bits)
             _most(found, f"cohort of {cohort}, gate: variance", _variance_errors(counts, cohort * gate.scale**2))
     for lag in range(1, _LAGS + 1):
@@ -117,7 +113,7 @@ def final_readings(wards: Sequence[Hospital]) -> list[Reading]:
     opened = open_sum(consortium.final, [ward.final_vector() for ward in wards], masked=True)
     found: dict[str, float] = {}
     for name in ("confusion", "histogram"):
-        signal = sum(np.ravel(getattr(ward.counts(), name)) for ward in wards)
+        signal = sum(np.ravel(getattr(ward.counts, name)) for ward in wards)
         rest = opened[name] - (signal << noise.fraction_bits)
         _most(found, f"final evaluation, {name}: variance", _variance_errors(rest, len(wards) * noise.scale**2))
     return _as_readings(found)

@@ -52,8 +52,12 @@ def markdown(findings: list[Finding], about: dict[str, Any]) -> str:
         lines += [_row(reading) for reading in finding.readings]
         lines += ["", *_notes(finding)]
         if finding.caught:
-            told = [f"{fault} {'caught' if seen else 'not seen'}" for fault, seen in finding.caught.items()]
-            lines += ["Planted faults: " + ", ".join(told) + ".", ""]
+            lines += ["| planted fault | | worst reading |", "|---|---|---|"]
+            lines += [
+                f"| {fault} | {'caught' if seen else 'not seen'} | {finding.told.get(fault, '')} |"
+                for fault, seen in finding.caught.items()
+            ]
+            lines.append("")
     return "\n".join(lines)
 
 

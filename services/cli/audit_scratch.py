@@ -164,12 +164,13 @@ class Hospital:
     def vector(self, total: F64, keys: Callable[[], bytes] = os_keys, study: Study | None = None) -> bytes:
         """x of a training round: `total` and the gate's counts, noised. `study`: another one, to plant a fault."""
         shape = self.consortium.train
-        return _whole(encode_round(study or self.consortium.document, shape, total, self.counts(), keys))
+        return _whole(encode_round(study or self.consortium.document, shape, total, self.counts, keys))
 
     def final_vector(self, keys: Callable[[], bytes] = os_keys, study: Study | None = None) -> bytes:
         """x of the final evaluation."""
-        return _whole(encode_round(study or self.consortium.document, self.consortium.final, None, self.counts(), keys))
+        return _whole(encode_round(study or self.consortium.document, self.consortium.final, None, self.counts, keys))
 
+    @cached_property
     def counts(self) -> Counts:
         """Exact counts of the untrained model, under which every class is as likely."""
         study, labels = self.consortium.document, self.dataset.fold("validation").labels

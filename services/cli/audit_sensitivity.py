@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from services.cli.audit_finding import Finding, Reading, Say, catches
+from services.cli.audit_finding import Finding, Reading, Say
 from services.cli.audit_scratch import (
     FEATURES,
     Consortium,
@@ -55,7 +55,7 @@ def measure_sensitivity(seed: int, say: Say) -> Finding:
     finding.readings += count_readings(consortium)
     say("planted fault")
     doubled = without_claim(consortium, clip=2 * consortium.document.privacy.clip)
-    finding.caught = {"sensitivity doubled": catches(head_readings(doubled, generator, claimed=consortium))}
+    finding.judge("sensitivity doubled", head_readings(doubled, generator, claimed=consortium))
     return finding
 
 

@@ -14,7 +14,7 @@ from services.cli.audit_report import markdown, write_report
 
 def findings() -> list[Finding]:
     noise = Finding("1. Noise meter", "the law", "the theorem", [Reading("variance", 1.25, 5.0, "standard errors")])
-    noise.caught = {"a share missing": True}
+    noise.judge("a share missing", [Reading("variance", 22.5, 5.0, "standard errors")])
     runs = Finding("3. Many runs, one canary", "a bound", "more", [Reading("colluders", 3.2, 3.0, "ε", sure=2.5)])
     runs.caught = dict.fromkeys(FAULTS, False)
     members = Finding("5. Membership inference", "a", "b")
@@ -31,8 +31,8 @@ def test_report_is_written_for_people_and_machines(tmp_path: Path) -> None:
     assert "| colluders | 3.20 (2.50 at 99.99 %) ε | 3.00 | holds |" in text
     assert "Does not show: the theorem" in text
     assert "| without noise | 0.90 | 0.90 | 20.0% | 0.70 |" in text
-    assert "a share missing caught" in text
-    assert "sensitivity doubled not seen" in text
+    assert "| a share missing | caught | variance 22.50 standard errors, limit 5.00 |" in text
+    assert "| sensitivity doubled | not seen |  |" in text
     found = json.loads((tmp_path / "audit.json").read_text())
     assert (found["holds"], found["about"]["seed"]) == (True, 7)
     assert [one["holds"] for one in found["findings"]] == [True, True, True]

@@ -148,10 +148,10 @@ def test_doubled_clip_is_seen_by_more_than_one_patient(shared: Consortium) -> No
 def test_views_go_from_the_public_to_all_others(shared: Consortium, local: Consortium) -> None:
     """Under `shared` also from the colluders' view: n_min = 3 shares, 2 without k = 1, the own one alone."""
     generator = np.random.default_rng(1)
-    views = Cohort(shared, generator).views()
+    views = Cohort(shared, generator).views
     assert [(view.name, view.unknown) for view in views] == [("public", 3), ("colluders", 2), ("all others", 1)]
     assert [view.claim for view in views] == [shared.claim(3), shared.claim(2), shared.claim(1)]
-    assert [view.name for view in Cohort(local, generator).views()] == ["everybody"]
+    assert [view.name for view in Cohort(local, generator).views] == ["everybody"]
 
 
 def test_many_runs_hold_and_halved_noise_is_caught(shared: Consortium, local: Consortium) -> None:
