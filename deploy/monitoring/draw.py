@@ -31,7 +31,7 @@ th,td{padding:4px 10px;border-bottom:1px solid #eceff2;white-space:nowrap}
 .bars{font-size:11.5px;padding:2px 10px}.bars div{display:flex;align-items:center}
 .bars i{flex:1;background:#edf0f3;border-radius:3px;margin:0 8px;height:60%}
 .bars i u{display:block;height:100%;border-radius:3px}
-.bars span{width:40%;text-align:right;white-space:nowrap;overflow:hidden}
+.bars span{width:44%;text-align:right;white-space:nowrap;overflow:hidden}
 .bars em{font-style:normal;font-weight:600;white-space:nowrap}
 .none{color:#8a929c;text-align:center;padding-top:20px;font-size:12px}
 """

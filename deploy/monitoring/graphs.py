@@ -25,7 +25,7 @@ def text(x: float, y: float, content: str, anchor: str = "start", size: int = 11
 
 def _time_axis(window: Window, left: float, right: float, top: float, bottom: float) -> list[str]:
     span = window.end - window.start
-    step = next(s for s in (5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 10**9) if span / s <= 9)
+    step = next(s for s in (5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 10**9) if span / s * 62 <= right - left)
     parts = []
     moment = math.ceil(window.start / step) * step
     while moment <= window.end:

@@ -31,6 +31,8 @@ _CHROMIUM = (
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
+    "--virtual-time-budget=3000",
+    "--run-all-compositor-stages-before-draw",  # else a busy machine gives half a picture
 )
 
 

@@ -31,6 +31,13 @@ class Series:
         return next((value for _, value in reversed(self.points) if not math.isnan(value)), math.nan)
 
 
+def free_address() -> str:
+    """A port on loopback that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 class Prometheus:
     """The running process; a context manager. `targets`: name of a process to host:port of its metrics.
 
@@ -44,34 +51,22 @@ class Prometheus:
                 Reason.NOT_FOUND, "prometheus is not installed: `apt-get install prometheus`, or put it on PATH"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._targets = folder / "targets.json"
-        self.retarget(targets)
+        static = [
+            {"targets": [address], "labels": {"job": f"wardround/{name}", "instance": name}}
+            for name, address in targets.items()
+        ]
         config = {
             "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
             "rule_files": [str(path.resolve()) for path in rules],
-            "scrape_configs": [
-                {"job_name": "wardround", "file_sd_configs": [{"files": [str(self._targets.resolve())]}]}
-            ],
+            "scrape_configs": [{"job_name": "wardround", "static_configs": static}],
         }
         (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = free_address()
         arguments = [f"--web.listen-address={self.address}", f"--config.file={folder / 'prometheus.yml'}"]
         with (folder / "prometheus.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [binary, *arguments, f"--storage.tsdb.path={folder / 'tsdb'}"], stdout=log, stderr=subprocess.STDOUT
             )
-
-    def retarget(self, targets: Mapping[str, str]) -> None:
-        """Scrape these from now on; it is seen without a restart."""
-        found = [
-            {"targets": [address], "labels": {"job": f"wardround/{name}", "instance": name}}
-            for name, address in targets.items()
-        ]
-        partial = self._targets.with_suffix(".tmp")
-        partial.write_text(json.dumps(found))
-        partial.rename(self._targets)
 
     def __enter__(self) -> Self:
         for _ in range(300):

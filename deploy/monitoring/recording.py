@@ -1,8 +1,8 @@
 """A whole federation of real processes under a real Prometheus, with something of everything that dashboards show.
 
-Six training rounds and the final evaluation of `wardround demo`, in which
+Sixteen training rounds under `shared` noise and the final evaluation of `wardround demo`, in which
 - two pods restart while round 2 collects: more than the committee bears, so the attempt is abandoned and repeated;
-- a hospital is killed in round 3 and comes back after it;
+- a hospital is killed in round 3 and comes back in round 4;
 - another hospital's data set has too little ε for all rounds: it refuses the later ones.
 """
 
@@ -14,21 +14,21 @@ from pathlib import Path
 
 from deploy.monitoring.build import HELM
 from deploy.monitoring.evaluate import Window
-from deploy.monitoring.prometheus import Prometheus
+from deploy.monitoring.prometheus import Prometheus, free_address
 from services.cli import demo, synthetic
 from services.cli.evidence import administration, status
 from services.cli.federation import Federation
-from services.cli.processes import stop_all, wait_for_file
+from services.cli.processes import stop_all
 from services.common.documents.emit import emit
 from services.common.documents.policy import load_policy
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from wardround.admin.v1 import admin_pb2
 
-ROUNDS = 6
+ROUNDS = 16
 HOSPITALS = ("alice", "bob", "carol", "dave")
 ABSENT, POOR = "carol", "dave"
-_EPSILON, _POOR_SHARE = 8.0, 0.72  # so that it lasts for about half of the rounds
+_EPSILON, _POOR_SHARE = 8.0, 0.75  # so that it lasts for about half of the rounds
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,40 @@ def recorded(folder: Path, minutes: float = 20, tell: Callable[[str], None] = la
     data = {name: folder / "data" / name for name in HOSPITALS}
     synthetic.write_sites(folder / "data", HOSPITALS)
     laid = demo.lay_out(
-        folder, data, 4, 2, "small-cnn", "local", ROUNDS, _EPSILON, None, None, synthetic_data=True, quick_deadline=True
+        folder,
+        data,
+        4,
+        2,
+        "small-cnn",
+        "shared",
+        ROUNDS,
+        _EPSILON,
+        None,
+        None,
+        synthetic_data=True,
+        quick_deadline=True,
     )
     _impoverish(laid)
-    until = time.monotonic() + 60 * minutes
-    running = demo.start(laid)
-    try:
-        rules = sorted(HELM.glob("*/files/rules.yaml"))
-        with Prometheus(folder / "prometheus", _targets(running), rules) as prometheus:
-            began = time.time()
-            _play(running, prometheus, until, tell)
+    targets, until = _fix_ports(laid), time.monotonic() + 60 * minutes
+    with Prometheus(folder / "prometheus", targets, sorted(HELM.glob("*/files/rules.yaml"))) as prometheus:
+        running = demo.start(laid)
+        try:
+            began = _play(running, until, tell)
             time.sleep(5)  # the last state is scraped and the rules have seen it
             yield Recorded(prometheus, Window(began, time.time()), laid)
-    finally:
-        stop_all(list(running.services.values()))
+        finally:
+            stop_all(list(running.services.values()))
+
+
+def _fix_ports(laid: Federation) -> dict[str, str]:
+    """Where each process will answer scrapes, known before it starts and the same after a restart."""
+    targets = {site.id: free_address() for site in laid.sites}
+    for site in laid.sites:
+        path = site.folder / "config.yaml"
+        text = path.read_text()
+        assert "http: 127.0.0.1:0" in text  # noqa: S101  # as federation.write_configs has it
+        path.write_text(text.replace("http: 127.0.0.1:0", f"http: {targets[site.id]}"))
+    return targets
 
 
 def _impoverish(laid: Federation) -> None:
@@ -75,24 +95,12 @@ def _impoverish(laid: Federation) -> None:
     path.write_bytes(emit(policy.model_copy(update={"dataset_epsilon": _POOR_SHARE * _EPSILON})))
 
 
-def _targets(running: demo.Running) -> dict[str, str]:
-    return {
-        site.id: wait_for_file(site.state / "http.address", running.services[site.id], 120)
-        for site in running.federation.sites
-    }
-
-
-def _restart(running: demo.Running, names: list[str]) -> None:
-    for site in running.federation.sites:
-        if site.id in names:
-            (site.state / "http.address").unlink(missing_ok=True)
-            running.services[site.id].start()
-
-
-def _play(running: demo.Running, prometheus: Prometheus, until: float, tell: Callable[[str], None]) -> None:
+def _play(running: demo.Running, until: float, tell: Callable[[str], None]) -> float:
+    """Watch the study to its end and do what the head of this file says; when its first round opened."""
     pods = [site.id for site in running.federation.of(Role.POD)][-2:]
     done: set[str] = set()
     dead: set[str] = set()
+    began = 0.0
 
     def once(what: str) -> bool:
         if what in done:
@@ -105,21 +113,19 @@ def _play(running: demo.Running, prometheus: Prometheus, until: float, tell: Cal
         while time.monotonic() < until:
             running.check(dead)
             now = status(centre) or admin_pb2.Status()
+            if now.round and not began:
+                began = time.time() - 5
             if now.finished:
-                return
-            if (now.round, now.phase) == (2, "collecting") and once(
-                f"{' and '.join(pods)} restart while round 2 collects"
-            ):
+                return began
+            if (now.round, now.phase) == (2, "collecting") and once(f"{' and '.join(pods)} restart in round 2"):
                 for name in pods:
                     running.services[name].kill()
-                _restart(running, pods)
-                prometheus.retarget(_targets(running))
-            if (now.round, now.phase) == (3, "training") and once(f"{ABSENT} is killed in round 3"):
+                    running.services[name].start()
+            if now.round == 3 and once(f"{ABSENT} is killed in round 3"):
                 running.services[ABSENT].kill()
                 dead = {ABSENT}
             if now.round == 4 and once(f"{ABSENT} comes back"):
-                _restart(running, [ABSENT])
+                running.services[ABSENT].start()
                 dead = set()
-                prometheus.retarget(_targets(running))
             time.sleep(0.2)  # the rhythm of looking; what happens depends on the state alone
     raise ServiceError(Reason.UNREACHABLE, f"the study did not end in time: see {running.federation.root / 'logs'}")

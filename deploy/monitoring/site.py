@@ -192,7 +192,7 @@ def _node() -> list[object]:
             Look(
                 (0, 21, 8, 6),
                 "Speed of training",
-                "Images a second in a pass of fixed size, empty places included, in two digits: the machine's speed, "
+                "Images a second in passes of fixed size, empty places included, in two digits: the machine's speed, "
                 "and "
                 "nothing about the data.",
                 "none",
