@@ -215,12 +215,18 @@ class Labelled(Values):
     labels: dict[str, str]
 
 
+class Rules(Labelled):
+    """The alert rules."""
+
+    runbooks: str = Field(pattern="^(https?://.+/)?$")
+
+
 class Metrics(Values):
     """What Prometheus and Grafana get."""
 
     from_: list[Peer] = Field(alias="from")
     monitor: Monitor
-    rules: Labelled
+    rules: Rules
     dashboards: Labelled
 
 

@@ -6,7 +6,6 @@ writes a page for each dashboard, and takes its picture with headless Chromium w
 
 import argparse
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -16,20 +15,13 @@ from deploy.monitoring.build import HELM
 from deploy.monitoring.evaluate import Window, evaluate, load
 from deploy.monitoring.prometheus import Prometheus
 from deploy.monitoring.recording import recorded
+from services.cli import browser
 
 _NOTE = (
     "Every figure from a real Prometheus over a real run of four hospitals and four pods on synthetic images; "
     "drawn by deploy/monitoring/preview.py, not by Grafana."
 )
-_CHROMIUM = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+_STILL = (
     "--hide-scrollbars",
     "--virtual-time-budget=3000",
     "--run-all-compositor-stages-before-draw",  # else a busy machine gives half a picture
@@ -50,14 +42,14 @@ def pages(prometheus: Prometheus, window: Window, jobs: dict[str, str], folder: 
 
 def picture(page: Path, target: Path, height: int) -> bool:
     """A PNG of the page, or False where there is no Chromium."""
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    binary = browser.find()
     if binary is None:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile:
         size = f"--window-size={draw.WIDTH},{height}"
         shot = f"--screenshot={target.resolve()}"
-        command = [binary, *_CHROMIUM, f"--user-data-dir={profile}", size, shot, page.resolve().as_uri()]
+        command = [binary, *browser.QUIET, *_STILL, f"--user-data-dir={profile}", size, shot, page.resolve().as_uri()]
         subprocess.run(command, check=True, timeout=120, capture_output=True)
     return True
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, where one is installed: only to print a page to PDF. It is never fetched or updated."""
+"""A headless Chromium, where one is installed: prints a page to PDF, takes its picture. Never fetched or updated."""
 
 import os
 import shutil

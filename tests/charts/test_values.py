@@ -51,6 +51,7 @@ CHOICES: dict[str, Any] = {
     "service.loadBalancerSourceRanges": ["203.0.113.0/24"],
     "metrics.monitor.interval": "17s",
     "labels": {"a": "b"},
+    "metrics.rules.runbooks": "https://runbooks.example/tree/",
     "peers": [{"ipBlock": {"cidr": "203.0.113.0/24"}}],
     "cidrs": ["203.0.113.0/24"],
 }

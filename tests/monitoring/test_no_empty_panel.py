@@ -10,6 +10,7 @@ from deploy.monitoring.build import DASHBOARDS, HELM
 from deploy.monitoring.evaluate import evaluate, load
 from deploy.monitoring.preview import pages, picture
 from deploy.monitoring.recording import HOSPITALS, POOR, Recorded, recorded
+from services.cli import browser
 from services.common.ids import Role
 from tests.architecture.test_metrics_guide import in_guide
 
@@ -109,6 +110,6 @@ def test_the_pages_are_whole_and_load_nothing(run: Recorded, tmp_path: Path) -> 
         assert "No data" not in text
         assert "://" not in text
         assert "<script" not in text
-        if shutil.which("chromium"):
+        if browser.find():
             assert picture(page, tmp_path / f"{page.stem}.png", 1500)
             assert (tmp_path / f"{page.stem}.png").read_bytes().startswith(b"\x89PNG")
