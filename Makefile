@@ -10,7 +10,7 @@ PROTOS := $(wildcard protos/wardround/*/v1/*.proto)
 export PYTHONPATH := $(CURDIR)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-all lint proto bench images charts clean
+.PHONY: help setup demo test test-all lint proto bench e2e-kubernetes images charts clean
 
 help: ## what can be made (this list)
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -58,6 +58,9 @@ bench: bench-secagg bench-round bench-noise bench-shared ## all measured figures
 
 bench-%: setup ## one of them: bench-secagg, bench-round, bench-noise, bench-shared
 	$(BIN)/python bench/$(subst -,_,$*).py
+
+e2e-kubernetes: setup ## a consortium's whole life on the cluster that KUBECONFIG points to (after `make images`)
+	$(BIN)/python -m pytest -m kubernetes tests/e2e/kubernetes -s
 
 images: ## container images with docker, podman or buildah (ARGS="--flavour cuda hospital-node"; TORCH_INDEX_URL=…, BASE_IMAGE=…)
 	@$(PYTHON) deploy/images/build.py $(ARGS)

@@ -12,6 +12,7 @@ from services.common.documents.pin import Pinned, load_pin, select
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.members import Members
 from services.common.store.blobs import BlobStore
+from services.common.store.durable import replace_file
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
@@ -82,6 +83,14 @@ class Charters:
         if not self._blobs.has(charter.digest):
             self._blobs.write([charter.blob], charter.digest)
 
+    def signatures(self, charter: bytes) -> Path | None:
+        """The pods' signatures on a charter that is or was pinned here as the current one, if there were any."""
+        kept = self._kept(charter)
+        return kept if kept.exists() else None
+
+    def _kept(self, charter: bytes) -> Path:
+        return self._config.state / "signatures" / f"{charter.hex()}.yaml"
+
     def _paths(self) -> Iterable[Path]:
         signatures = self._config.charter_signatures
         return (*self._config.charters, self._config.pins, *([signatures] if signatures else []))
@@ -106,7 +115,10 @@ class Charters:
                 Reason.INVALID_DOCUMENT, f"the charter's aggregator is {named}, this is {self._config.id}: check `id`"
             )
         if self._config.charter_signatures is not None:
-            load_signatures(_read(self._config.charter_signatures), pinned.current)
+            signatures = _read(self._config.charter_signatures)
+            load_signatures(signatures, pinned.current)
+            # Kept with the log: evidence of older rounds needs them when the file is that of a newer charter.
+            replace_file(self._kept(pinned.current.digest), [signatures])
         self._known.update({charter.digest: charter for charter in charters})
         return pinned
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from services.aggregator import facts as f
 from services.aggregator.charters import Charters
-from services.aggregator.config import Config
 from services.aggregator.round import State, evolve
 from services.aggregator.store import Store
 from services.common.secagg import blob as codec
@@ -25,16 +24,19 @@ class File:
     data: bytes | Path
 
 
-def evidence(store: Store, charters: Charters, config: Config, study: bytes) -> Iterator[File]:
-    """The files of one study. Charters that were in force besides the last lie in `charters/HEX.yaml`."""
+def evidence(store: Store, charters: Charters, study: bytes) -> Iterator[File]:
+    """The files of one study. Charters that were in force before the last one lie in `charters/HEX.yaml`, the pods'
+    signatures on them in `signatures/HEX.yaml`."""
     stored = store.facts(study)
     used = list(dict.fromkeys(fact.charter for fact in stored if isinstance(fact, f.Opened)))
     newest = used[-1] if used else charters.pinned.current.digest
     yield File("charter.yaml", charters.get(newest).blob)
     for digest in used[:-1]:
         yield File(f"charters/{digest.hex()}.yaml", charters.get(digest).blob)
-    if config.charter_signatures is not None and newest == charters.pinned.current.digest:
-        yield File("charter.signatures.yaml", config.charter_signatures)
+        if (signatures := charters.signatures(digest)) is not None:
+            yield File(f"signatures/{digest.hex()}.yaml", signatures)
+    if (signatures := charters.signatures(newest)) is not None:
+        yield File("charter.signatures.yaml", signatures)
     yield File("study.yaml", store.blobs.path(study))
     yield from _models(store, stored)
     state = State()

@@ -119,7 +119,7 @@ class Aggregator:
         return {pod.id: pod.key for pod in self.coordinator.run.rules.roster.pods}
 
     def _evidence(self, study: bytes) -> Iterator[File]:
-        return evidence(self.store, self.charters, self.config, study)
+        return evidence(self.store, self.charters, study)
 
     def _servicers(self) -> list[Servicer]:
         coordinator, store = self.coordinator, self.store

@@ -37,10 +37,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Run:
-    """Documents and rounds; parsed, not verified."""
+    """Documents and rounds; parsed, not verified. `charter` is the newest one, `charters` all of them by digest."""
 
     evidence: Path
     charter: LoadedCharter
+    charters: dict[bytes, LoadedCharter]
     study: LoadedStudy
     rounds: tuple[Round, ...]
 
@@ -64,8 +65,10 @@ def load_run(folder: Path) -> Run:
             f"{folder} holds no evidence of a run: give the folder that `wardround demo --output` made",
         )
     charter = load_charter((centre / "charter.yaml").read_bytes())
+    older = [load_charter(path.read_bytes(), path.name) for path in sorted((centre / "charters").glob("*.yaml"))]
     study = load_study((centre / "study.yaml").read_bytes())
-    return Run(evidence, charter, study, tuple(_rounds(centre / "rounds")))
+    charters = {one.digest: one for one in (*older, charter)}
+    return Run(evidence, charter, charters, study, tuple(_rounds(centre / "rounds")))
 
 
 def _rounds(folder: Path) -> Iterator[Round]:

@@ -21,7 +21,7 @@ from services.aggregator.modelfile import BLOCK, read_scalars, rewrite
 from services.aggregator.strategy import server_step
 from services.aggregator.tally import class_blocks
 from services.cli.run import Round, Run, check_sums, load_run
-from services.common.documents.charter import load_signatures
+from services.common.documents.charter import LoadedCharter, load_signatures
 from services.common.documents.shape import check_study, core_for, round_shape
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.blob import decode, encode
@@ -43,8 +43,11 @@ from services.common.secagg.messages import (
     ZERO_DIGEST,
     AcceptList,
     Close,
+    Core,
     Header,
+    Manifest,
     PieceSum,
+    Proposal,
     Result,
     Signed,
 )
@@ -92,11 +95,12 @@ def verify_run(folder: Path, say: Say = lambda _: None) -> int:
 def _verify(folder: Path, scratch: Path, say: Say) -> int:
     say(f"{check_sums(folder / 'evidence')} files as collected")
     run = load_run(folder)
-    signatures = run.aggregator / "charter.signatures.yaml"
-    if signatures.exists():
-        signed = load_signatures(signatures.read_bytes(), run.charter)
-        say(f"charter {run.charter.digest.hex()[:12]}… signed by {', '.join(signed)}")
-    check_study(run.charter, run.study)
+    for charter in run.charters.values():
+        signatures = _signatures(run, charter)
+        if signatures.exists():
+            signed = load_signatures(signatures.read_bytes(), charter)
+            say(f"charter {charter.digest.hex()[:12]}… signed by {', '.join(signed)}")
+        check_study(charter, run.study)
     models = {_sha256(path): path for path in sorted((run.aggregator / "models").glob("*.safetensors"))}
     initial = bytes.fromhex(run.study.document.model.initial)
     chain = _Chain(ZERO_DIGEST, initial, models, {initial}, scratch)
@@ -117,8 +121,21 @@ def _verify(folder: Path, scratch: Path, say: Say) -> int:
     return chain.signatures
 
 
+def _signatures(run: Run, charter: LoadedCharter) -> Path:
+    """Where the pods' signatures on a charter lie: the newest beside it, those before in `signatures`."""
+    if charter is run.charter:
+        return run.aggregator / "charter.signatures.yaml"
+    return run.aggregator / "signatures" / f"{charter.digest.hex()}.yaml"
+
+
+def _charter(run: Run, digest: bytes) -> LoadedCharter:
+    _need(digest in run.charters, f"the charter {digest.hex()[:12]}… that it names is not among the charters")
+    return run.charters[digest]
+
+
 def _check_round(run: Run, one: Round, chain: _Chain) -> None:
-    charter, result = run.charter, one.result
+    result = one.result
+    charter = _charter(run, result.charter)
     _need(open_signed(Result, "result", one.signed, charter.roster.aggregator.key) == result, "the result differs")
     chain.signatures += 1
     _need(result.previous_result == chain.result, "its result does not follow the one before")
@@ -157,12 +174,16 @@ def _check_stalled(run: Run, chain: _Chain) -> None:
 
 
 def _check_given_up(run: Run, folder: Path, number: int, attempt: int, chain: _Chain) -> None:
-    checked = check_manifest((folder / f"manifest-{attempt}.blob").read_bytes(), run.charter.roster)
+    blob = (folder / f"manifest-{attempt}.blob").read_bytes()
+    # Which charter's keys must fit is written inside; what it says holds only under those keys.
+    named = decode(Core, decode(Proposal, decode(Manifest, blob).proposal.blob).core).charter
+    charter = _charter(run, named)
+    checked = check_manifest(blob, charter.roster)
     chain.signatures += 1 + len(checked.commitments)
     path = folder / f"abandon-{attempt}.blob"
     if path.exists():
         check_abandon_certificate(
-            path.read_bytes(), run.charter.roster, run.study.digest, number, attempt, manifest=checked.M
+            path.read_bytes(), charter.roster, run.study.digest, number, attempt, manifest=checked.M
         )
         chain.signatures += checked.roster.committee.quorum
     _check_submissions(folder, checked, attempt, chain)

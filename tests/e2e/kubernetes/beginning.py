@@ -1,0 +1,162 @@
+"""First steps of the whole life: an agreement, installs that are refused or stand, and who can reach whom."""
+
+import json
+from pathlib import Path
+
+from tests.support.kubernetes import Namespace, load_image, refusal, run, until
+from tests.support.kubernetes_sites import CENTRE, HOSPITALS, PODS, wardround
+from tests.support.kubernetes_world import World, plain_pod
+
+DIALLING = (*PODS, *HOSPITALS)
+
+
+def load_images(archives: dict[str, Path]) -> None:
+    for archive in archives.values():
+        load_image(archive)
+
+
+def found_the_consortium(world: World) -> None:
+    """Ten organisations make their keys, agree on a charter by its twelve words, and on a study."""
+    consortium = world.consortium
+    consortium.init()
+    consortium.agree(1, maximum=4)
+    for site in consortium.sites:
+        consortium.pin(site, 1, "current")
+    consortium.draft_study("first", rounds=60, train_seconds=8)
+    consortium.draft_study("second", rounds=2, train_seconds=8, seed=2)
+    consortium.consent("first")
+
+
+def make_sites_ready(world: World, cli: str) -> None:
+    """Namespaces, the Secrets that `site init` wrote, and the hospitals' images on claims of their own."""
+    world.make_namespaces()
+    for site, space in world.spaces.items():
+        space.kubectl("apply", "-f", str(world.consortium.folder / site / "secret.yaml"))
+    for hospital in HOSPITALS:
+        world.fill(hospital, cli)
+
+
+def refuse_bad_installs(world: World) -> None:
+    """Each names the value or the thing, and nothing is installed."""
+    consortium = world.consortium
+
+    def refused(site: str, *words: str, space: Namespace | None = None) -> str:
+        where = space or world[site]
+        given = [*consortium.files(site), *words]
+        return refusal(where.helm, "install", site, world.chart(site), "-n", where.name, *given)
+
+    for site in ("alice", "carol"):  # one with each Helm
+        assert "aggregatr" in refused(site, "--set", "config.aggregatr=x:1")
+        missing = refused(site, space=world.stranger)
+        assert f"no Secret wardround-{site}" in missing
+        assert "kubectl apply -f secret.yaml" in missing
+        assert "erin" in refused(site, "--set", "config.id=erin")
+    stripped = world["bob"].get("secret", "wardround-bob")
+    del stripped["data"]["identity.pem"]
+    stripped["metadata"] = {"name": "half"}
+    world["bob"].apply(stripped)
+    assert "no key identity.pem" in refused("bob", "--set", "secretName=half")
+    for space in (*world.spaces.values(), world.stranger):
+        assert not run(space.helm, "list", "-n", space.name, "-q").strip(), f"{space.name} has a release"
+
+
+def install_the_centre(world: World) -> None:
+    """It waits for its model, and says so; an operator brings it."""
+    said = world.install(CENTRE)
+    assert "kubectl rollout status" in said
+    assert f"state-{CENTRE}-0" in said, "NOTES say which claim is kept"
+    world.centre.rolled_out()
+    world.connect()
+    folder, model = world.consortium.folder, world.consortium.study("first").document.model.initial
+    assert f"waiting for the model {model}: run wardround model push" in world.status().detail
+    assert model in world.centre.page("/readyz")
+    push_model(world, "first")
+    assert model not in world.status().detail
+    assert (folder / "olga").is_dir()
+
+
+def push_model(world: World, study: str) -> None:
+    folder = world.consortium.folder
+    wardround("model", "push", folder / study / "v0.safetensors", "--address", world.address, "--operator",
+              folder / "olga", "--charter", world.consortium.charter())  # fmt: skip
+
+
+def install_the_others(world: World) -> None:
+    for site in DIALLING:
+        said = world.install(site)
+        assert f"helm test {site}" in said
+        assert f"state-{site}-0" in said
+    for site in DIALLING:
+        world[site].rolled_out(600)
+    world.wait(lambda now: now.pods_live == 5 and now.hospitals_enrolled == 4, 240, "everybody should be connected")
+
+
+def helm_tests(world: World, *sites: str) -> None:
+    for site in sites:
+        world[site].release("test", "--timeout", "5m")
+
+
+def try_the_network(world: World, cli: str) -> None:
+    """By trying: a stranger is stopped, a hospital reaches the aggregator and names, and nothing else."""
+    world.stranger.apply(plain_pod("stranger", cli, labels={"app": "stranger"}))
+    world.stranger.kubectl("wait", "--for=condition=Ready", "pod/stranger", "--timeout=120s")
+    addresses = {site: space.get("pod", space.pod)["status"]["podIP"] for site, space in world.spaces.items()}
+    stranger = world.stranger.get("pod", "stranger")["status"]["podIP"]
+
+    def of_stranger(*targets: tuple[str, int]) -> list[bool]:
+        return _reached(world.stranger.kubectl("exec", "stranger", "--", "python", "-c", _dial(*targets)))
+
+    shut = [(addresses[site], port) for site in ("ash", "alice", "carol") for port in (9464, 8443)]
+    found = of_stranger(*shut, (addresses[CENTRE], 9464), (addresses[CENTRE], 8443))
+    assert found == [False] * 7 + [True], "a stranger reaches the aggregator's mTLS port, its gate, and nothing else"
+
+    world.stranger.kubectl("exec", "stranger", "--", "sh", "-c", f"python -c '{_SERVE}' >/dev/null 2>&1 &")
+    until(lambda: of_stranger((stranger, 8000)) == [True], 60, "the stranger should listen")
+    cluster = run("kubectl", "get", "service", "kubernetes", "-n", "default", "-o", "jsonpath={.spec.clusterIP}")
+    shut = [(stranger, 8000), (addresses["birch"], 9464), (addresses["bob"], 9464), (cluster, 443)]
+    for site in ("alice", "dave", "fir"):
+        targets = [(f"{CENTRE}.wr-{CENTRE}.svc", 443), *shut, (addresses[CENTRE], 9464)]
+        found = _reached(world[site].python(_dial(*targets)))
+        assert found == [True] + [False] * 5, f"{site} reaches the aggregator by its name and nothing else: {found}"
+    world.stranger.kubectl("delete", "pod", "stranger", "--grace-period=1")
+
+
+_SERVE = 'import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port=8000, bind="0.0.0.0")'
+
+
+def _dial(*targets: tuple[str, int]) -> str:
+    """A program that tries them all, one line each."""
+    return (
+        "import socket\n"
+        f"for target in {list(targets)!r}:\n"
+        "    try:\n"
+        "        socket.create_connection(target, 3).close()\n"
+        "        print('open')\n"
+        "    except OSError as error:\n"
+        "        print('shut', error)\n"
+    )
+
+
+def _reached(said: str) -> list[bool]:
+    return [line == "open" for line in said.split("\n") if line]
+
+
+def second_release_of_a_pod(world: World) -> None:
+    """The same identity in another namespace, on another volume: refused in one sentence that `describe` shows."""
+    space = world.stranger
+    secret = json.loads(world["ash"].kubectl("get", "secret", "wardround-ash", "-o", "json"))
+    secret["metadata"] = {"name": "wardround-ash"}
+    space.apply(secret)
+    files = world.consortium.files("ash")
+    run(space.helm, "install", "ash", world.chart("ash"), "-n", space.name, *files)
+
+    def ended() -> str:
+        status = space.get("pod", "ash-0")["status"]["containerStatuses"][0]
+        state = status["state"].get("terminated") or status["lastState"].get("terminated") or {}
+        return str(state.get("message", ""))
+
+    said = until(ended, 300, "the second release should end with a sentence")
+    assert "another process with the identity of ash is connected" in said
+    assert said in space.kubectl("describe", "pod", "ash-0")
+    assert world.status().pods_live == 5, "the first one goes on"
+    run(space.helm, "uninstall", "ash", "-n", space.name)
