@@ -308,6 +308,12 @@ def test_a_policy_for_one_study_allows_it_and_nothing_else(
     tight = policy.read_bytes().replace(b"dataset_epsilon: 8.0", b"dataset_epsilon: 4.0")
     (tmp_path / "tight.yaml").write_bytes(tight)
     assert "the cap is 4" in refused("policy", "check", tmp_path / "tight.yaml", "--study", study, "--charter", charter)
+    # Half of dataset_delta is the sum's: with no more than the study's own δ only the Rényi filter is left (L-2).
+    small = policy.read_bytes().replace(b"dataset_delta: 2e-05", b"dataset_delta: 1e-05")
+    (tmp_path / "small.yaml").write_bytes(small)
+    assert "raise `dataset_delta` to 2e-05" in refused(
+        "policy", "check", tmp_path / "small.yaml", "--study", study, "--charter", charter
+    )
 
 
 def make_config(consortium: Path, folder: Path) -> Path:
