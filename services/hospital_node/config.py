@@ -5,11 +5,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from services.common.documents.charter import LoadedCharter
+from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.policy import LoadedPolicy, load_policy
 from services.common.documents.site import DialingConfig, PinnedCharters, read
 from services.common.documents.strict import load
 from services.common.rpc.leaf import LeafFiles
+from services.common.store.durable import replace_file
 from services.hospital_node.policy import check_hospital
 
 
@@ -40,10 +41,26 @@ class SiteDocuments:
         self._config = config
         self._charters = PinnedCharters(config, lambda roster: roster.hospital(config.id))
         self._policy: LoadedPolicy | None = None
+        self._held: dict[bytes, LoadedCharter] = {}
 
     def charters(self) -> dict[bytes, LoadedCharter]:
         """The pinned charters by digest, the current one first. Raises INVALID_DOCUMENT."""
         return {charter.digest: charter for charter in self._charters.read()}
+
+    def held_charters(self) -> dict[bytes, LoadedCharter]:
+        """The pinned charters, and those that were pinned here before: kept in the state folder. Raises STORAGE.
+
+        A hospital that was down while an amendment took force still follows the results of the rounds before it.
+        """
+        folder, pinned = self._config.state / "charters", self.charters()
+        if not self._held:
+            stored = (load_charter(path.read_bytes(), path.name) for path in sorted(folder.glob("*.yaml")))
+            self._held = {charter.digest: charter for charter in stored}
+        for digest, charter in pinned.items():
+            if digest not in self._held:
+                replace_file(folder / f"{digest.hex()}.yaml", [charter.blob])
+        self._held |= pinned
+        return dict(self._held)
 
     def policy(self) -> LoadedPolicy:
         """The policy in force now. Raises INVALID_DOCUMENT, also for another hospital's."""

@@ -295,7 +295,7 @@ class Participation:
 
     def _follow(self, study: LoadedStudy, state: RoundState) -> None:
         """Take new signed results; an alarm stops the study here for good."""
-        rosters = {charter: loaded.roster for charter, loaded in self._consents.charters().items()}
+        rosters = {charter: loaded.roster for charter, loaded in self._consents.held_charters().items()}
         while state.previous_result and state.previous_result != self.store.chain(study.digest).digest:
             answers = self._client.results(study.digest, self.store.chain(study.digest).round)
             if not answers:

@@ -61,6 +61,10 @@ class Consents(Protocol):
         """By digest: current and next."""
         ...
 
+    def held_charters(self) -> dict[bytes, LoadedCharter]:
+        """Those, and every other that was ever pinned here: results of rounds that ran under them are followed."""
+        ...
+
     def policy(self) -> LoadedPolicy:
         """The policy in force now."""
         ...
