@@ -94,3 +94,4 @@ def mix_kubectl_and_helm(world: World, space: Namespace, words: list[str]) -> No
     if done.returncode:
         space.release("upgrade", *words, "--set", "plan.throughRound=2", "--force-conflicts")
     assert target() == "2"
+    space.rolled_out()
