@@ -75,9 +75,7 @@ def promote(site: Site, second: LoadedCharter, signatures: bytes) -> None:
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[demo.Running]:
     monkeypatch.chdir(tmp_path)  # sockets' paths are short, relative ones
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     synthetic.write_sites(Path("data"), HOSPITALS, patients=40, image_size=12)
     folders = {name: Path("data") / name for name in HOSPITALS}
     laid = demo.lay_out(
