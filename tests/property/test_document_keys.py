@@ -41,12 +41,15 @@ def mappings(data: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
     return []
 
 
-def valid_keys(document: Section, path: str) -> list[str]:
+def at(document: Section, path: str) -> Any:
     """By walking the object, not the annotations: an independent way to the same keys."""
     found: Any = document
     for part in path.replace("[", ".[").split(".") if path else []:
-        found = found[int(part[1:-1])] if part.startswith("[") else getattr(found, part)
-    return list(type(found).model_fields)
+        if isinstance(found, dict):
+            found = found[part]
+        else:
+            found = found[int(part[1:-1])] if part.startswith("[") else getattr(found, part)
+    return found
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,9 +57,10 @@ def valid_keys(document: Section, path: str) -> list[str]:
 def test_any_unknown_key_is_refused_with_the_nearest(data: st.DataObject) -> None:
     document = _KINDS[data.draw(st.integers(0, len(_KINDS) - 1))]
     tree = copy.deepcopy(plain(document))
-    places = mappings(tree)
+    # A table by hospital has the hospitals' ids as its keys: its list of keys is open.
+    places = [(path, mapping) for path, mapping in mappings(tree) if isinstance(at(document, path), Section)]
     path, mapping = places[data.draw(st.integers(0, len(places) - 1))]
-    valid = valid_keys(document, path)
+    valid = list(type(at(document, path)).model_fields)
     word = data.draw(
         st.one_of(
             st.from_regex(r"[a-z][a-z_]{0,12}", fullmatch=True),
