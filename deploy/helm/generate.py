@@ -16,9 +16,8 @@ from pydantic.alias_generators import to_camel
 from ruamel.yaml import YAML
 
 from services.aggregator.config import Config as AggregatorConfig
-from services.common.documents.site import SiteConfig
+from services.common.documents.site import DialingConfig, SiteConfig
 from services.hospital_node.config import HospitalConfig
-from services.keyshare.config import PodConfig
 
 HELM = Path(__file__).parent
 SHARED: tuple[str, ...] = (
@@ -316,7 +315,7 @@ class HospitalNode(KeyShare):
 MODELS: dict[str, tuple[type[Chart], type[SiteConfig]]] = {
     "aggregator": (Aggregator, AggregatorConfig),
     "hospital-node": (HospitalNode, HospitalConfig),
-    "keyshare": (KeyShare, PodConfig),
+    "keyshare": (KeyShare, DialingConfig),
 }
 
 

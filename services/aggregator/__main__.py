@@ -1,21 +1,18 @@
 """`python -m services.aggregator --config FILE`: exit code 2 and one line for what a person must mend."""
 
-import argparse
 import contextlib
 import ctypes
 import logging
-import signal
 import sys
 import threading
 from pathlib import Path
 
 from services.aggregator.config import load_config
 from services.aggregator.service import CONDITIONS, Aggregator
-from services.common.errors import ServiceError
 from services.common.ids import Role
 from services.common.observe.http import Health, serve_http
-from services.common.observe.last_words import refused
 from services.common.observe.logs import configure
+from services.common.observe.service import serve_until_stopped
 from services.common.store.durable import storing
 
 _log = logging.getLogger(__name__)
@@ -23,31 +20,26 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of g
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT."""
-    parser = argparse.ArgumentParser(prog="services.aggregator", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True)
-    path = parser.parse_args(arguments).config
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    """Run until SIGTERM or SIGINT; the exit code."""
+    return serve_until_stopped("aggregator", run, arguments)
+
+
+def run(path: Path, stop: threading.Event) -> None:
+    """Serve until `stop` is set. Raises ServiceError where the aggregator must not start."""
     _steady_memory()
-    try:
-        config = load_config(path)
-        configure(Role.AGGREGATOR.value, config.id, config.log_level)
-        health = Health(CONDITIONS)
-        with storing(f"the folder {config.state}"):
-            config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        http = serve_http(config.http, health, config.state / "http.address")
-        service = Aggregator(config, health)
-    except ServiceError as error:
-        return refused("aggregator", error)
+    config = load_config(path)
+    configure(Role.AGGREGATOR.value, config.id, config.log_level)
+    health = Health(CONDITIONS)
+    with storing(f"the folder {config.state}"):
+        config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    http = serve_http(config.http, health, config.state / "http.address")
+    service = Aggregator(config, health)
     health.start()
     _log.info("started", extra={"listen": str(config.listen), "port": service.server.port})
-    ended.wait()
+    stop.wait()
     service.stop()
     http.stop()
     _log.info("stopped")
-    return 0
 
 
 def _steady_memory() -> None:

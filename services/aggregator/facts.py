@@ -5,14 +5,12 @@ follow is found again from that state. Facts only: never a vector, a seed or a b
 Every `at` is Unix milliseconds. Bytes travel in JSON as hex.
 """
 
-import dataclasses
-import types
 import typing
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import Signed
+from services.common.store import records
 
 Pair = tuple[str, bytes]  # (hospital id, D(header, blob))
 
@@ -287,44 +285,7 @@ SOFT: tuple[type[Any], ...] = (
 )
 
 
-def to_json(fact: Fact) -> tuple[str, dict[str, Any]]:
-    """(kind, payload) for the event log."""
-    return type(fact).__name__, {f.name: _plain(getattr(fact, f.name)) for f in dataclasses.fields(fact)}
-
-
 def from_json(kind: str, payload: dict[str, Any]) -> Fact:
-    """The fact again. Raises UNKNOWN_SCHEMA for a kind or shape of another version of this service."""
-    cls = KINDS.get(kind)
-    if cls is None:
-        raise ServiceError(Reason.UNKNOWN_SCHEMA, f"event {kind!r} was written by a newer aggregator: upgrade this one")
-    hints = typing.get_type_hints(cls)
-    try:
-        fact: Fact = cls(**{name: _typed(hints[name], value) for name, value in payload.items()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ServiceError(
-            Reason.UNKNOWN_SCHEMA, f"event {kind} has another shape than this aggregator knows"
-        ) from error
+    """The fact of a row of the log. Raises UNKNOWN_SCHEMA for a kind or shape of another version of this service."""
+    fact: Fact = records.from_json(KINDS, kind, payload)
     return fact
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, Signed):
-        return {"blob": value.blob.hex(), "signature": value.signature.hex()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    if hint is bytes:
-        return bytes.fromhex(value)
-    if hint is Signed:
-        return Signed(bytes.fromhex(value["blob"]), bytes.fromhex(value["signature"]))
-    if isinstance(hint, types.GenericAlias):
-        arguments = typing.get_args(hint)
-        if arguments[-1] is Ellipsis:
-            return tuple(_typed(arguments[0], item) for item in value)
-        return tuple(_typed(part, item) for part, item in zip(arguments, value, strict=True))
-    return value

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from services.aggregator.facts import Fact, from_json, to_json
+from services.aggregator.facts import Fact, from_json
 from services.aggregator.vectors import Vectors
 from services.common.store.blobs import BlobStore
 from services.common.store.database import open_database
 from services.common.store.events import SCHEMA, Event, EventLog
+from services.common.store.records import to_json
 
 MIGRATIONS = (SCHEMA,)
 PLAN = "plan"

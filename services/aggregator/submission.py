@@ -4,7 +4,6 @@ P-7: identical again gets the same receipt, a different one is refused and count
 cohort is being fixed it is late.
 """
 
-import hashlib
 import threading
 from collections.abc import Iterator
 
@@ -20,7 +19,7 @@ from services.common.errors import Reason, ServiceError
 from services.common.rpc.interceptor import peer
 from services.common.rpc.signed import from_wire, to_wire
 from services.common.secagg import blob as codec
-from services.common.secagg.certificate import CheckedManifest, check_header
+from services.common.secagg.certificate import CheckedManifest, check_box, check_header
 from services.common.secagg.digests import vector_digest
 from services.common.secagg.messages import Header, Receipt, Signed
 from services.common.secagg.ring import chunk_lengths
@@ -122,8 +121,9 @@ class UpdateSubmission(submission_pb2_grpc.UpdateSubmissionServiceServicer):
         if len(opening.boxes) != len(header.boxes):
             raise ServiceError(Reason.MALFORMED, f"{len(opening.boxes)} boxes, the header names {len(header.boxes)}")
         for box, named in zip(opening.boxes, header.boxes, strict=True):
-            if len(box) > _MOST_BOX or hashlib.sha256(box).digest() != named.digest:
-                raise ServiceError(Reason.BAD_DIGEST, f"the box for pod {named.pod} is not the one in the header")
+            if len(box) > _MOST_BOX:
+                raise ServiceError(Reason.TOO_LARGE, f"a box of {len(box)} bytes, at most {_MOST_BOX}")
+            check_box(header, named.pod, box)
         total = checked.table.total_bytes
         if len(opening.chunk_digests) != 32 * len(chunk_lengths(total)):
             raise ServiceError(

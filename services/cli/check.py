@@ -17,7 +17,7 @@ from services.cli.way import Way
 from services.common.documents.charter import LoadedCharter, load_signatures
 from services.common.documents.policy import load_policy
 from services.common.documents.shape import check_study
-from services.common.documents.site import PinnedCharters, load_signer, read
+from services.common.documents.site import PinnedCharters, load_dialing, load_signer, read
 from services.common.documents.strict import peek
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
@@ -109,9 +109,7 @@ def _load_config(path: Path) -> tuple[Role, Any]:
         from services.aggregator import config as aggregator
 
         return Role.AGGREGATOR, aggregator.load_config(path)
-    from services.keyshare import config as pod
-
-    return Role.POD, pod.load_config(path)
+    return Role.POD, load_dialing(path)
 
 
 def _charter(config: Any, role: Role) -> LoadedCharter:

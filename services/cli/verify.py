@@ -5,7 +5,6 @@ nobody holds back other evidence, or what a sum of masks hides.
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from services.common.secagg.certificate import (
     CheckedManifest,
     check_abandon_certificate,
     check_certificate,
+    check_close,
     check_endorsed,
     check_header,
     check_manifest,
@@ -42,7 +42,6 @@ from services.common.secagg.messages import (
     OUTCOME_ACCEPTED,
     ZERO_DIGEST,
     AcceptList,
-    Close,
     Core,
     Header,
     Manifest,
@@ -53,6 +52,7 @@ from services.common.secagg.messages import (
 )
 from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import digest, open_signed
+from services.common.store.chain import verify_lines
 from services.hospital_node.ledger import parse_export, verify_export
 
 Say = Callable[[str], None]
@@ -157,8 +157,8 @@ def _check_round(run: Run, one: Round, chain: _Chain) -> None:
     _need(result.cohort == cohort.digest, "the result names another cohort")
     certificate = (one.folder / f"certificate-{result.attempt}.blob").read_bytes()
     _need(result.certificate == hashlib.sha256(certificate).digest(), "the result names another certificate")
-    close = open_signed(Close, "close", _signed(one.folder / "close.signed"), charter.roster.aggregator.key)
-    _need((close.charter, close.study, close.round) == (charter.digest, run.study.digest, one.number), "another close")
+    close = check_close(_signed(one.folder / "close.signed"), charter.roster)
+    _need((close.study, close.round) == (run.study.digest, one.number), "another close")
     chain.signatures += 1
     _check_sum(run, one, table, cohort, chain)
     chain.result, chain.model = digest("result", one.signed.blob), result.model
@@ -282,7 +282,7 @@ def _check_step(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _
 def _check_sites(run: Run) -> None:
     """Ledgers and audit logs are whole chains; headers and receipts are known to those who should know them."""
     for folder in sorted((run.evidence / "pods").glob("*")):
-        _named(folder, partial(verify_audit, (folder / "audit.jsonl").read_bytes()))
+        _named(folder, partial(verify_lines, (folder / "audit.jsonl").read_bytes()))
     for folder in sorted((run.evidence / "hospitals").glob("*")):
         lines = (folder / "ledger.jsonl").read_text().splitlines()
         _named(folder, partial(verify_export, lines))
@@ -295,25 +295,6 @@ def _check_sites(run: Run) -> None:
                 held = folder / "receipts" / f"{one.number:04d}-{attempt}.signed"
                 given = one.folder / f"receipt-{attempt}-{folder.name}.signed"
                 _need(not held.exists() or held.read_bytes() == given.read_bytes(), f"{folder.name}: another receipt")
-
-
-def verify_audit(log: bytes) -> str:
-    """Walk a pod's audit chain: head = SHA-256(previous head ‖ canonical JSON of [kind, event]); the last head.
-
-    Raises ROLLED_BACK naming the first broken link.
-    """
-    head = bytes(32).hex()
-    for number, line in enumerate(log.splitlines(keepends=True), 1):
-        try:
-            entry = json.loads(line)
-            canonical = json.dumps([entry["kind"], entry["event"]], sort_keys=True, separators=(",", ":")).encode()
-            head = hashlib.sha256(bytes.fromhex(head) + canonical).hexdigest()
-            whole = (entry["sequence"], entry["head"]) == (number, head) and line.endswith(b"\n")
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise ServiceError(Reason.ROLLED_BACK, f"the audit log breaks at entry {number}")
-    return head
 
 
 def _named(folder: Path, check: Callable[[], object]) -> None:

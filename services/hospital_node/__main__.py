@@ -15,27 +15,22 @@ from services.common.documents.charter import LoadedCharter
 from services.common.documents.site import load_signer
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
-from services.common.observe.http import Health, serve_http
+from services.common.observe.http import Health
 from services.common.observe.last_words import refused
 from services.common.observe.logs import configure
-from services.common.observe.process import LOOK, announce, certificate_now, show_charters
-from services.common.rpc.certificates import server_name
-from services.common.rpc.channel import Caller, dial
-from services.common.rpc.leaf import check_own_leaf
-from services.common.rpc.unix import serve_admin
+from services.common.observe.process import LOOK, show_charters
+from services.common.rpc.administration import Administration
+from services.common.rpc.dialing import open_caller, reachable
 from services.common.secagg.signing import Signer
 from services.common.store.blobs import BlobStore
 from services.hospital_node import metrics
-from services.hospital_node.admin import Administration, StatusBoard
+from services.hospital_node.admin import StatusBoard, evidence
 from services.hospital_node.client import AggregatorClient
-from services.hospital_node.config import HospitalConfig, SiteDocuments, leaf_files, load_config
+from services.hospital_node.config import HospitalConfig, SiteDocuments, load_config
 from services.hospital_node.node import Node
 from services.hospital_node.participate import Participation
 from services.hospital_node.ports import Progress, Trainer
 from services.hospital_node.store import Store
-from wardround.admin.v1 import admin_pb2_grpc
-
-_ADMIN_WORKERS = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,19 +72,17 @@ def run(
     charter = next(iter(documents.charters().values()))
     documents.policy()
     signer = own_signer(config.identity_key, charter, config.id)
-    check_own_leaf(leaf_files(config), Role.HOSPITAL, config.id, charter, clock.now_ms())
+    caller = open_caller(config, Role.HOSPITAL, charter, clock)
     store = Store(config.state)
     trainer = make_trainer(config)
     health = Health(["store", "certificate", "loop"])
-    health.look("certificate", lambda: certificate_now(config.tls.certificate, clock.now_ms()))
-    http = serve_http(config.http, health, config.state / "http.address")
     metrics.hide_the_process()
-    announce("hospital", config.id, config.tls.certificate)
     board = StatusBoard(config.id)
-    client = AggregatorClient(open_caller(config, charter))
+    client = AggregatorClient(caller)
 
     def report(progress: Progress) -> None:
         board.show(progress)
+        administration.show()
         metrics.show(progress)
         ledger.show(participation.ledger.mark().sequence, clock.now_ms())
 
@@ -118,34 +111,16 @@ def run(
     node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
-    admin = serve_admin(
-        [
-            (
-                admin_pb2_grpc.add_AdministrationServiceServicer_to_server,
-                Administration(board, store, participation.ledger),
-            )
-        ],
-        config.admin_socket,
-        _ADMIN_WORKERS,
-    )
-    health.set("store", True, "ledger verified")
-    health.set("loop", True, "connection loop up")
-    health.start()
+    administration = Administration(board.status, lambda study: evidence(store, participation.ledger, study))
     try:
-        node.run()
+        with reachable(config, Role.HOSPITAL, health, administration, clock):
+            health.set("store", True, "ledger verified")
+            health.set("loop", True, "connection loop up")
+            health.start()
+            node.run()
     finally:
-        admin.stop(1.0)
-        http.stop()
         store.close()
     return 0
-
-
-def open_caller(config: HospitalConfig, charter: LoadedCharter) -> Caller:
-    """The connection to the charter's aggregator: its name and root come from the pinned charter, not the address."""
-    aggregator = charter.document.aggregator
-    name = server_name(aggregator.id, charter.document.consortium)
-    root = aggregator.tls_root.encode()
-    return Caller(lambda leaf: dial(config.aggregator, name, leaf, root, config.proxy), leaf_files(config))
 
 
 def own_signer(path: Path, charter: LoadedCharter, hospital: str) -> Signer:

@@ -9,7 +9,6 @@ from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.policy import LoadedPolicy, load_policy
 from services.common.documents.site import DialingConfig, PinnedCharters, read
 from services.common.documents.strict import load
-from services.common.rpc.leaf import LeafFiles
 from services.common.store.durable import replace_file
 from services.hospital_node.policy import check_hospital
 
@@ -27,11 +26,6 @@ class HospitalConfig(DialingConfig):
 def load_config(path: Path) -> HospitalConfig:
     """The configuration in `path`. Raises INVALID_DOCUMENT."""
     return load(HospitalConfig, read(path), path.name)
-
-
-def leaf_files(config: HospitalConfig) -> LeafFiles:
-    """Where the site's TLS leaf lies."""
-    return LeafFiles(config.tls.certificate, config.tls.key)
 
 
 class SiteDocuments:

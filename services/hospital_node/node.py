@@ -13,6 +13,7 @@ from secrets import SystemRandom
 
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.channel import Stream
+from services.common.rpc.watch import Watch
 from services.hospital_node import metrics
 from services.hospital_node.client import AggregatorClient, Phase, RoundState, round_state
 from services.hospital_node.participate import Participation
@@ -70,68 +71,6 @@ class Latest:
                 self._changed.wait(seconds)
 
 
-class Watcher:
-    """The thread that holds the watch stream open."""
-
-    def __init__(self, client: AggregatorClient, consents: Consents, latest: Latest, stop: threading.Event) -> None:
-        self._client = client
-        self._consents = consents
-        self._latest = latest
-        self._stop = stop
-        self._lock = threading.Lock()
-        self._stream: Stream[round_pb2.WatchRoundsResponse] | None = None
-        self._watched: tuple[bytes, ...] = ()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
-
-    def renew(self, charters: tuple[bytes, ...]) -> None:
-        """Dial again when other charters are pinned than the aggregator was told (P-26)."""
-        with self._lock:
-            stale = self._stream is not None and charters != self._watched
-            stream = self._stream
-        if stale and stream is not None:
-            stream.cancel()
-
-    def join(self) -> None:
-        """Wait for the end of the thread."""
-        self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        wait = _FIRST_WAIT
-        while not self._stop.is_set():
-            try:
-                if self._watch():
-                    wait = _FIRST_WAIT
-            except ServiceError as error:
-                _log.warning("the aggregator's state cannot be watched: %s", error.detail)
-            metrics.connected(False)
-            self._stop.wait(SystemRandom().uniform(wait / 2, wait))
-            wait = min(2 * wait, _LONGEST_WAIT)
-
-    def _watch(self) -> bool:
-        """One stream to its end; whether anything came."""
-        charters, came = tuple(self._consents.charters()), False
-        try:
-            with self._client.watch(charters) as answers:
-                with self._lock:
-                    self._stream, self._watched = answers, charters
-                for answer in answers:
-                    metrics.connected(True)
-                    came = True
-                    self._latest.put(round_state(answer))
-        except ServiceError as error:
-            if not came:
-                raise
-            _log.info("the watch stream ended: %s", error.detail)
-        finally:
-            with self._lock:
-                self._stream = None
-        return came
-
-
 class Node:
     """One hospital at work until `stop` is called."""
 
@@ -148,7 +87,8 @@ class Node:
         self._report = report
         self._stop = threading.Event()
         self._latest = Latest()
-        self._watcher = Watcher(client, consents, self._latest, self._stop)
+        self._watched: tuple[bytes, ...] = ()  # the charters that the aggregator was told of
+        self._watch = Watch(self._begin, self._heard, self._stop, metrics.connected)
         self._refused: tuple[RoundState, bytes] | None = None
         self._counted: tuple[tuple[bytes, int], Reason] | None = None
         self._declined: set[tuple[bytes, int]] = set()
@@ -161,14 +101,15 @@ class Node:
 
     def run(self) -> None:
         """Work until `stop` is called; every refusal and fault is handled here."""
-        self._watcher.start()
+        self._watch.start()
         wait = _FIRST_WAIT
         while not self._stop.is_set():
             version, state = self._latest.get()
             pause = _TICK
             try:
                 charters = tuple(self._consents.charters())
-                self._watcher.renew(charters)
+                if self._watched not in ((), charters):  # P-26: tell the aggregator which are pinned now
+                    self._watch.redial()
                 metrics.unpinned(state is not None and bool(state.study) and state.charter not in charters)
                 if state is not None and self._is_news(state):
                     self._participation.advance(state, partial(self._is_over, state))
@@ -187,7 +128,14 @@ class Node:
                     self._refuse(state, ServiceError(Reason.INTERNAL, "a fault of this program; see the log"))
             self._latest.wait(version, pause)
         self._client.close()
-        self._watcher.join()
+        self._watch.join()
+
+    def _heard(self, answer: round_pb2.WatchRoundsResponse) -> None:
+        self._latest.put(round_state(answer))
+
+    def _begin(self) -> Stream[round_pb2.WatchRoundsResponse]:
+        self._watched = tuple(self._consents.charters())
+        return self._client.watch(self._watched)
 
     def _is_news(self, state: RoundState) -> bool:
         if (state.study, state.round) in self._failed:

@@ -1,103 +1,66 @@
 """The pod's one connection: takes orders on Watch and answers each with its own call.
 
-Orders are worked off one at a time in the order in which they came. An answer that does not arrive is not repeated
-here for longer than its deadline: the aggregator asks again, and every order is idempotent.
+Orders are worked off one at a time in the order in which they came. An answer is repeated only while its Watch lives:
+on the next one the aggregator asks again what is still open, and every order is idempotent.
 """
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.channel import Caller, Stream, stub
 from services.common.rpc.signed import from_wire, to_wire
+from services.common.rpc.watch import Watch
+from services.common.secagg.certificate import Ref
 from services.common.secagg.messages import Signed
 from services.common.secagg.signing import digest
 from services.keyshare import metrics
-from services.keyshare.facts import Ref
-from services.keyshare.masksum import Chunk
 from services.keyshare.pod import Pod
 from wardround.keyshare.v1 import keyshare_pb2 as wire
 from wardround.keyshare.v1.keyshare_pb2_grpc import KeyShareServiceStub
 
 _log = logging.getLogger(__name__)
 _ANSWER_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
+_WHAT = attrgetter("manifest", "certificate", "pieces", "first_chunk", "chunks")  # of a release or digest order
 _RPCS = {"propose": "Commit", "offer": "Accept", "high_water": "HighWater"}  # the others are called like their order
 
 
 class Client:
-    """Runs until `stop` is set and `caller` closed."""
+    """The pod's orders, taken while `watch` runs, until `stop` is set and `caller` closed."""
 
     def __init__(self, pod: Pod, caller: Caller, stop: threading.Event) -> None:
-        self._pod, self._caller, self._stop = pod, caller, stop
-        self._orders: Stream[wire.WatchResponse] | None = None
-        self._known = False  # an order came: to the aggregator this process is the pod
-        self.refusal: ServiceError | None = None
+        self._pod, self._caller = pod, caller
+        self.watch = Watch(self._begin, self._serve, stop, metrics.CONNECTED.set)
 
-    def run(self) -> None:
-        """Dial, take orders, dial again. Ends by itself, with `refusal`, where another process is this pod already."""
-        wait = 0.2
-        while not self._stop.is_set():
-            try:
-                served = self._watch()
-            except ServiceError as error:
-                served = False
-                _log.info("no connection to the aggregator: %s", error.detail)
-                if error.reason is Reason.CONFLICT and not self._known:
-                    self.refusal = error
-                    return
-            wait = 0.2 if served else min(2 * wait, 10.0)
-            self._stop.wait(wait)
-
-    def redial(self) -> None:
-        """End this Watch; `run` begins another, which tells the aggregator of the charters that are pinned now."""
-        if self._orders is not None:
-            self._orders.cancel()
-
-    def _watch(self) -> bool:
-        """One stream of orders; whether there was any."""
-        served = False
+    def _begin(self) -> Stream[wire.WatchResponse]:
         hello = wire.WatchRequest(boot=self._pod.state.boot, charters=list(self._pod.rosters), live=self._pod.live)
-        with self._caller.stream(
-            lambda c: stub(KeyShareServiceStub, c).Watch, hello, seconds=_STREAM_SECONDS
-        ) as orders:
-            self._orders = orders
-            metrics.CONNECTED.set(1)
-            try:
-                for order in orders:
-                    with metrics.SECONDS.labels(order.WhichOneof("order") or "unknown").time():
-                        self._serve(order)
-                    served = self._known = True
-            except ServiceError as error:
-                if error.reason is Reason.CONFLICT:
-                    raise
-                _log.info("the aggregator's orders ended: %s", error.detail)
-            finally:
-                self._orders = None
-                metrics.CONNECTED.set(0)
-        return served
+        return self._caller.stream(_rpc("Watch"), hello, seconds=_STREAM_SECONDS)
 
     def _serve(self, order: wire.WatchResponse) -> None:
         name = order.WhichOneof("order")
         if name is None:
             _log.warning("an order of a newer version is left unanswered: upgrade this pod")
             return
+        with metrics.SECONDS.labels(name).time():
+            self._answer(name, order)
+
+    def _answer(self, name: str, order: wire.WatchResponse) -> None:
         rpc = _RPCS.get(name, name.capitalize())
         try:
             if name == "release":
                 parts = self._released(order.command, order.release)
-                self._caller.upload(lambda c: stub(KeyShareServiceStub, c).Release, parts, seconds=_STREAM_SECONDS)
-            else:
-                try:
-                    fields = self._work(name, getattr(order, name))
-                    metrics.ANSWERS.labels(name, "done").inc()
-                except Exception as error:
-                    fields = {"refusal": _refusal(name, error)}
-                answer = getattr(wire, f"{rpc}Request")(command=order.command, **fields)
-                self._caller.unary(
-                    lambda c: getattr(stub(KeyShareServiceStub, c), rpc), answer, seconds=_ANSWER_SECONDS
-                )
+                self._caller.upload(_rpc(rpc), parts, seconds=_STREAM_SECONDS)
+                return
+            try:
+                fields = self._work(name, getattr(order, name))
+                metrics.ANSWERS.labels(name, "done").inc()
+            except Exception as error:
+                fields = {"refusal": _refusal(name, error)}
+            answer = getattr(wire, f"{rpc}Request")(command=order.command, **fields)
+            self._caller.unary(_rpc(rpc), answer, seconds=_ANSWER_SECONDS, worth=lambda: self.watch.alive)
         except ServiceError as error:
             _log.warning("the answer to %s did not arrive: %s", name, error.detail)
 
@@ -113,11 +76,8 @@ class Client:
             case "lock":
                 return {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
             case "digest":
-                return {
-                    "piece_sums": [
-                        to_wire(item) for item in self._sums(order, vectors=False) if isinstance(item, Signed)
-                    ]
-                }
+                parts = pod.release(*_WHAT(order), whole=False)
+                return {"piece_sums": [to_wire(part) for part in parts if isinstance(part, Signed)]}
             case "abandon":
                 ref = Ref(order.study, order.round, order.attempt)
                 return {"abandon": to_wire(pod.abandon(order.charter, ref, order.manifest))}
@@ -133,18 +93,13 @@ class Client:
             case _:
                 return {"nonce": pod.state.boot}
 
-    def _sums(self, order: Any, *, vectors: bool) -> Iterator[Chunk | Signed]:
-        what = order.manifest, order.certificate, order.pieces, order.first_chunk, order.chunks
-        return self._pod.release(*what, vectors)
-
     def _released(self, command: int, order: wire.ReleaseOrder) -> Iterator[wire.ReleaseRequest]:
         try:
-            for item in self._sums(order, vectors=True):
-                if isinstance(item, Signed):
-                    yield wire.ReleaseRequest(command=command, piece_sum=to_wire(item))
+            for part in self._pod.release(*_WHAT(order)):
+                if isinstance(part, Signed):
+                    yield wire.ReleaseRequest(command=command, piece_sum=to_wire(part))
                 else:
-                    piece, index, data = item
-                    chunk = wire.ReleaseChunk(piece=piece, index=index, data=data)
+                    chunk = wire.ReleaseChunk(piece=part[0], index=part[1], data=part[2])
                     yield wire.ReleaseRequest(command=command, chunk=chunk)
             metrics.ANSWERS.labels("release", "done").inc()
         except Exception as error:
@@ -154,9 +109,7 @@ class Client:
         request = wire.FetchOfferRequest(manifest=digest("manifest", manifest))
 
         def offered() -> Iterator[tuple[Signed, bytes]]:
-            with self._caller.stream(
-                lambda c: stub(KeyShareServiceStub, c).FetchOffer, request, seconds=_STREAM_SECONDS
-            ) as items:
+            with self._caller.stream(_rpc("FetchOffer"), request, seconds=_STREAM_SECONDS) as items:
                 for item in items:
                     yield from_wire(item.header), item.box
 
@@ -168,6 +121,10 @@ class Client:
             metrics.REFUSED.labels(reason).inc()
             _log.warning("%s is left out: %s", hospital, why)
         return {"accept_list": to_wire(accept_list), "refused": refused}
+
+
+def _rpc(name: str) -> Callable[[Any], Any]:
+    return lambda channel: getattr(stub(KeyShareServiceStub, channel), name)
 
 
 def _refusal(order: str, error: Exception) -> wire.Refusal:

@@ -1,8 +1,8 @@
 """What one key-share pod may do: the pure state machine of protocol.md §4 and §5.
 
 Rules of this file:
-1. Every promise of the pod is a decision here: `decide(state, command)` returns events or refuses, and changes nothing.
-2. `evolve(state, event)` is total: it believes every event, because only `decide` makes them.
+1. Every promise of the pod is a decision here, one function an order: it returns events or refuses, changes nothing.
+2. `evolve(state, event)` is total: it believes every event, because only the decisions make them.
 3. The caller puts the events on the disk BEFORE it signs or sends anything that follows from them.
 4. Signatures were verified before; identity and round keys, time and random bytes come in as data.
 5. Nothing secret is here. `State.held` says for which attempts this BOOT has round keys; whoever holds the keys drops
@@ -11,17 +11,19 @@ Rules of this file:
 Not here: signatures, keys, seeds, disk, wire, clock.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 
 from services.common.errors import Reason, ServiceError
+from services.common.secagg import certificate as valid
 from services.common.secagg.blob import encode
-from services.common.secagg.certificate import CheckedManifest, check_abandon_certificate, check_expiry
+from services.common.secagg.certificate import CheckedManifest, CheckedProposal, Ref
 from services.common.secagg.cohort import Cohort
 from services.common.secagg.messages import MAX_ATTEMPT, HighWaterMark, Mark
 from services.common.secagg.roster import Roster
 from services.keyshare import facts as fact
-from services.keyshare.facts import Entry, Held, Record, Ref, State
+from services.keyshare.facts import Entry, Event, Held, Record, Seen, State
 
 MAX_STUDIES = 4096  # what one high-water mark can list
 
@@ -78,41 +80,75 @@ def phase_of(state: State, ref: Ref) -> Phase:
     return Phase.BURNED if ref.point <= record.committed else Phase.UNSEEN
 
 
-def decide(state: State, command: fact.Command) -> list[fact.Event]:
-    """The events that follow from `command`, none if it was done before. Raises ServiceError: then nothing happens."""
-    match command:
-        case fact.DeliverMarks():
-            return _deliver(state, command)
-        case fact.Propose():
-            return _propose(state, command)
-        case fact.Endorse():
-            return _endorse(state, command.manifest)
-        case fact.Offer():
-            return _offer(state, command)
-        case fact.LockCohort():
-            return _lock(state, command)
-        case fact.Release():
-            return _release(state, command)
-        case fact.Abandon():
-            return _abandon(state, command)
-        case fact.CloseRound(roster, study, number):
-            _check_bounds(state, roster, Ref(study, number, 1))
-            return [fact.Closed(study, number)] if number > state.record(study).closed else []
-        case fact.Expire(now):
-            return [fact.Expired(held.ref) for held in state.held.values() if held.expires <= now]
+def mark_about(state: State, nonce: bytes, asking: str) -> HighWaterMark:
+    """P-11: what this pod has seen of `asking`, for its nonce. Answered before this pod's own check has passed."""
+    marks = []
+    for study, record in sorted(state.records.items()):
+        commit, lock = record.seen.get(asking, Seen())
+        marks.append(Mark(study, *record.endorsed, *commit, *lock))
+    return HighWaterMark(nonce, asking, state.pod, tuple(marks))
 
 
-def ref_of(manifest: CheckedManifest) -> Ref:
-    """The attempt of a manifest."""
-    return Ref(manifest.core.study, manifest.core.round, manifest.proposal.attempt)
+def deliver(state: State, roster: Roster, marks: Sequence[HighWaterMark]) -> list[Event]:
+    """P-11. A mark shows a rollback whenever it was made; it makes live only for the nonce of this boot."""
+    others = {pod.id for pod in roster.pods} - {state.pod}
+    about_me = [mark for mark in marks if mark.asking == state.pod and mark.answering in others]
+    for answer in about_me:
+        for mark in answer.marks:
+            own = state.record(mark.study)
+            commit, lock = (mark.commit_round, mark.commit_attempt), (mark.lock_round, mark.lock_attempt)
+            if commit > own.committed or lock > own.locked:
+                known = f"the store knows {own.committed} and {own.locked}"
+                return [fact.RolledBack(f"{answer.answering} has seen commit {commit}, lock {lock}: {known}")]
+    fresh = {mark.answering for mark in about_me if mark.nonce == state.boot}
+    needed = roster.committee.quorum - 1
+    if len(fresh) < needed:
+        raise ServiceError(Reason.BELOW_QUORUM, f"{len(fresh)} fresh marks of other pods, {needed} are needed")
+    return [] if roster.charter in state.live else [fact.Passed(roster.charter)]
 
 
-def judge(state: State, command: fact.Offer) -> tuple[Entry, ...]:
-    """The entries as `decide` takes them: L-4, one header a hospital, nobody new after the lock."""
-    held = _serving(state, command.manifest)
-    record, first = state.record(held.ref.study), dict(held.accepted)
-    judged = []
-    for entry in command.entries:
+def propose(
+    state: State, checked: CheckedProposal, commitment: bytes, abandons: Sequence[bytes], now: int
+) -> list[Event]:
+    """P-13, P-16, P-22; burned attempts (§4 step 2). `commitment`: the blob with keys drawn just now."""
+    ref, proposal, core = checked.ref, checked.proposal, checked.core
+    _check_able(state, checked.roster, ref)
+    valid.check_expiry(proposal, checked.roster, now)
+    record = state.record(core.study)
+    if state.holds(ref):
+        if state.held[ref.study].proposal == checked.digest:
+            return []
+        raise ServiceError(Reason.CONFLICT, f"another proposal of {ref} was committed: take the next attempt")
+    _check_move(state, ref, Phase.COMMITTED)
+    if ref.round == record.committed[0]:
+        if checked.core_digest != record.core:
+            raise ServiceError(Reason.WRONG_CORE, f"another core of round {ref.round} is pinned here (P-16)")
+        for attempt, (manifest, _) in record.locks.items():
+            earlier = ref._replace(attempt=attempt)
+            if not any(_gives_up(blob, checked.roster, earlier, manifest) for blob in abandons):
+                raise ServiceError(Reason.LOCKED, f"{earlier} is locked here: show its abandon certificate (P-13)")
+    return [fact.Committed(ref, core.charter, checked.core_digest, checked.digest, commitment, proposal.expires)]
+
+
+def endorse(state: State, manifest: CheckedManifest) -> list[Event]:
+    """P-18: a valid manifest (P-17) with this boot's own commitment, byte for byte; one a (r, a)."""
+    ref = manifest.ref
+    _check_able(state, manifest.roster, ref)
+    if state.holds(ref) and state.held[ref.study].manifest == manifest.M:
+        return []
+    _check_move(state, ref, Phase.ENDORSED)
+    own = manifest.commitments.get(manifest.roster.pod_index(state.pod))
+    if own is None or encode(own) != state.held[ref.study].commitment:
+        raise ServiceError(Reason.WRONG_CORE, f"the manifest of {ref} lacks this boot's own commitment (P-18)")
+    others = tuple(commitment.pod for commitment in manifest.commitments.values() if commitment.pod != state.pod)
+    return [fact.Endorsed(ref, manifest.M, others)]
+
+
+def judge(state: State, manifest: CheckedManifest, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries (signatures verified, boxes tried) as `offer` takes them: L-4, one header a hospital, nobody late."""
+    held, record = _serving(state, manifest)
+    first, judged = dict(held.accepted), []
+    for entry in entries:
         _, _, sequence, head, refusal = entry
         if first.setdefault(entry.hospital, entry.header) != entry.header:
             refusal = f"{Reason.CONFLICT}: a second header of this hospital under one manifest"
@@ -126,154 +162,92 @@ def judge(state: State, command: fact.Offer) -> tuple[Entry, ...]:
     return tuple(judged)
 
 
-def mark_about(state: State, nonce: bytes, asking: str) -> HighWaterMark:
-    """P-11: what this pod has seen of `asking`, for its nonce. Answered before this pod's own check has passed."""
-    marks = []
-    for study, record in sorted(state.records.items()):
-        commit, lock = record.seen.get(asking, ((0, 0), (0, 0)))
-        marks.append(Mark(study, *record.endorsed, *commit, *lock))
-    return HighWaterMark(nonce, asking, state.pod, tuple(marks))
-
-
-def _deliver(state: State, command: fact.DeliverMarks) -> list[fact.Event]:
-    """P-11. A mark shows a rollback whenever it was made; it makes live only for the nonce of this boot."""
-    others = {pod.id for pod in command.roster.pods} - {state.pod}
-    about_me = [mark for mark in command.marks if mark.asking == state.pod and mark.answering in others]
-    for answer in about_me:
-        for mark in answer.marks:
-            own = state.record(mark.study)
-            commit, lock = (mark.commit_round, mark.commit_attempt), (mark.lock_round, mark.lock_attempt)
-            if commit > own.committed or lock > own.locked:
-                known = f"the store knows {own.committed} and {own.locked}"
-                return [fact.RolledBack(f"{answer.answering} has seen commit {commit}, lock {lock}: {known}")]
-    fresh = {mark.answering for mark in about_me if mark.nonce == state.boot}
-    needed = command.roster.committee.quorum - 1
-    if len(fresh) < needed:
-        raise ServiceError(Reason.BELOW_QUORUM, f"{len(fresh)} fresh marks of other pods, {needed} are needed")
-    return [] if command.roster.charter in state.live else [fact.Passed(command.roster.charter)]
-
-
-def _propose(state: State, command: fact.Propose) -> list[fact.Event]:
-    """P-13, P-16, P-22; burned attempts (§4 step 2)."""
-    checked, proposal, core = command.checked, command.checked.proposal, command.checked.core
-    ref = Ref(core.study, core.round, proposal.attempt)
-    _check_able(state, checked.roster, ref)
-    check_expiry(proposal, checked.roster, command.now)
-    record = state.record(core.study)
-    if state.holds(ref):
-        if state.held[ref.study].proposal == checked.digest:
-            return []
-        raise ServiceError(Reason.CONFLICT, f"another proposal of {_name(ref)} was committed: take the next attempt")
-    _check_move(phase_of(state, ref), Phase.COMMITTED, ref)
-    if ref.round == record.committed[0]:
-        if checked.core_digest != record.core:
-            raise ServiceError(Reason.WRONG_CORE, f"another core of round {ref.round} is pinned here (P-16)")
-        for attempt, (manifest, _) in record.locks.items():
-            earlier = ref._replace(attempt=attempt)
-            if not any(_gives_up(blob, checked.roster, earlier, manifest) for blob in command.abandons):
-                why = "is locked here: show the abandon certificate of its manifest (P-13)"
-                raise ServiceError(Reason.LOCKED, f"{_name(earlier)} {why}")
-    keys = (checked.digest, command.commitment, proposal.expires)
-    return [fact.Committed(ref, core.charter, checked.core_digest, *keys)]
-
-
-def _endorse(state: State, manifest: CheckedManifest) -> list[fact.Event]:
-    """P-18: a valid manifest with this boot's own commitment, byte for byte; one a (r, a)."""
-    ref = ref_of(manifest)
-    _check_able(state, manifest.roster, ref)
-    if state.holds(ref) and state.held[ref.study].manifest == manifest.M:
-        return []
-    _check_move(phase_of(state, ref), Phase.ENDORSED, ref)
-    own = manifest.commitments.get(manifest.roster.pod_index(state.pod))
-    if own is None or encode(own) != state.held[ref.study].commitment:
-        raise ServiceError(Reason.WRONG_CORE, f"the manifest of {_name(ref)} lacks this boot's own commitment (P-18)")
-    others = tuple(commitment.pod for commitment in manifest.commitments.values() if commitment.pod != state.pod)
-    return [fact.Endorsed(ref, manifest.M, others)]
-
-
-def _offer(state: State, command: fact.Offer) -> list[fact.Event]:
+def offer(state: State, manifest: CheckedManifest, entries: Sequence[Entry]) -> list[Event]:
     """§4 step 6. The ledger mark of every signed header is remembered, of refused ones too (L-4)."""
-    held = _serving(state, command.manifest)
+    held, _ = _serving(state, manifest)
     news = tuple(
         entry
-        for entry in judge(state, command)
+        for entry in judge(state, manifest, entries)
         if entry.sequence not in state.heads.get(entry.hospital, {})
         or (not entry.refusal and entry.hospital not in held.accepted)
     )
     return [fact.Offered(held.ref, news)] if news else []
 
 
-def _lock(state: State, command: fact.LockCohort) -> list[fact.Event]:
-    """§4 step 7 with P-4, P-12."""
-    manifest, cohort = command.manifest, command.cohort
-    held = _serving(state, manifest)
-    locked = state.record(held.ref.study).locks.get(held.ref.attempt)
-    if locked == (manifest.M, cohort.digest):
+def lock(state: State, manifest: CheckedManifest, cohort: Cohort) -> list[Event]:
+    """§4 step 7 with P-4, P-12: the aggregator's choice of U."""
+    held, record = _serving(state, manifest)
+    if record.locks.get(held.ref.attempt) == (manifest.M, cohort.digest):
         return []
-    _check_move(phase_of(state, held.ref), Phase.LOCKED, held.ref)
+    _check_move(state, held.ref, Phase.LOCKED)
     _check_cohort(held, manifest, cohort)
     return [fact.Locked(held.ref, manifest.M, cohort.digest, ())]
 
 
-def _release(state: State, command: fact.Release) -> list[fact.Event]:
-    """P-20. A certificate is a lock: a pod without one stores this one first."""
-    manifest, cohort, pieces = command.manifest, command.cohort, command.pieces
-    held = _serving(state, manifest)
+def release(
+    state: State, manifest: CheckedManifest, cohort: Cohort, locked: Sequence[str], pieces: Sequence[int]
+) -> list[Event]:
+    """P-20: sums or digests over the cohort of a valid certificate (P-19) with locks of the pods `locked`.
+
+    A certificate is a lock: a pod without one stores this one first.
+    """
+    held, record = _serving(state, manifest)
     _check_cohort(held, manifest, cohort)
     own = manifest.roster.committee.pieces_of(manifest.roster.pod_index(state.pod))
-    if not pieces or pieces != tuple(sorted(set(pieces))) or not set(pieces) <= set(own):
+    if not pieces or list(pieces) != sorted(set(pieces)) or not set(pieces) <= set(own):
         raise ServiceError(Reason.NOT_PERMITTED, f"pieces {list(pieces)}: this pod holds {list(own)} (P-5)")
-    record = state.record(held.ref.study)
-    locked = record.locks.get(held.ref.attempt)
-    if locked not in (None, (manifest.M, cohort.digest)):
-        raise ServiceError(
-            Reason.CONFLICT,
-            f"ALARM: a certificate of {_name(held.ref)} over another cohort than the one locked here: more pods are "
-            "bad than the committee bears; nothing is released",
-        )
-    never = ((0, 0), (0, 0))
-    news = tuple(p for p in command.locked if p != state.pod and record.seen.get(p, never)[1] < held.ref.point)
-    return [fact.Locked(held.ref, manifest.M, cohort.digest, news)] if news or locked is None else []
+    mine = record.locks.get(held.ref.attempt)
+    if mine not in (None, (manifest.M, cohort.digest)):
+        why = "over another cohort than the one locked here: more pods are bad than the committee bears"
+        raise ServiceError(Reason.CONFLICT, f"ALARM: a certificate of {held.ref} {why}; nothing is released")
+    news = tuple(p for p in locked if p != state.pod and record.seen.get(p, Seen()).lock < held.ref.point)
+    return [fact.Locked(held.ref, manifest.M, cohort.digest, news)] if news or mine is None else []
 
 
-def _abandon(state: State, command: fact.Abandon) -> list[fact.Event]:
+def abandon(state: State, roster: Roster, ref: Ref, manifest: bytes) -> list[Event]:
     """P-14: no lock on the disk, P-11 passed; then never again endorse, accept, lock or release for (study, r, a)."""
-    ref, roster = command.ref, command.roster
     _check_able(state, roster, ref)
     record = state.record(ref.study)
     same_round = ref.round == record.committed[0]
     known = record.abandoned.get(ref.point) or (record.manifests.get(ref.attempt) if same_round else None)
-    if known not in (None, command.manifest):
-        raise ServiceError(Reason.CONFLICT, f"another manifest of {_name(ref)} is known here")
+    if known not in (None, manifest):
+        raise ServiceError(Reason.CONFLICT, f"another manifest of {ref} is known here")
     if same_round and record.charter != roster.charter:
         raise ServiceError(Reason.WRONG_CORE, f"round {ref.round} runs under another charter")
-    phase = phase_of(state, ref)
-    if phase is Phase.ABANDONED:
+    if phase_of(state, ref) is Phase.ABANDONED:
         return []
-    _check_move(phase, Phase.ABANDONED, ref)
-    return [fact.Abandoned(ref, command.manifest)]
+    _check_move(state, ref, Phase.ABANDONED)
+    return [fact.Abandoned(ref, manifest)]
 
 
-def _serving(state: State, manifest: CheckedManifest) -> Held:
+def close(state: State, roster: Roster, study: bytes, number: int) -> list[Event]:
+    """§4 step 10: the aggregator's signed word that the round is over."""
+    _check_bounds(state, roster, Ref(study, number, 1))
+    return [fact.Closed(study, number)] if number > state.record(study).closed else []
+
+
+def expire(state: State, now: int) -> list[fact.Expired]:
+    """P-22: it is `now` (Unix ms)."""
+    return [fact.Expired(held.ref) for held in state.held.values() if held.expires <= now]
+
+
+def _serving(state: State, manifest: CheckedManifest) -> tuple[Held, Record]:
     """P-18: the keys for the M that was endorsed in this boot, of an attempt neither abandoned nor closed."""
-    ref = ref_of(manifest)
+    ref = manifest.ref
     _check_able(state, manifest.roster, ref)
     phase = phase_of(state, ref)
     if phase is Phase.LOCKED and not state.holds(ref):
-        raise ServiceError(Reason.NOT_LIVE, f"the keys of {_name(ref)} are gone: this pod counts as down")
+        raise ServiceError(Reason.NOT_LIVE, f"the keys of {ref} are gone: this pod counts as down")
     if phase not in (Phase.ENDORSED, Phase.LOCKED) or state.held[ref.study].manifest != manifest.M:
-        raise _refuse(phase, ref)
-    return state.held[ref.study]
+        raise _refusal(state, ref)
+    return state.held[ref.study], state.record(ref.study)
 
 
 def _check_able(state: State, roster: Roster, ref: Ref) -> None:
     """P-11 passed under this charter, no rollback, and `ref` within bounds."""
     if state.rolled_back:
-        raise ServiceError(
-            Reason.ROLLED_BACK,
-            f"the store of {state.pod} went back in time ({state.rolled_back}): give the pod a new id and key by a "
-            "charter amendment, and an empty volume",
-        )
+        mend = "give the pod a new id and key by a charter amendment, and an empty volume"
+        raise ServiceError(Reason.ROLLED_BACK, f"{state.pod}'s store went back in time ({state.rolled_back}): {mend}")
     if roster.charter not in state.live:
         raise ServiceError(Reason.NOT_LIVE, "this pod waits for fresh high-water marks of other pods (P-11)")
     _check_bounds(state, roster, ref)
@@ -282,14 +256,14 @@ def _check_able(state: State, roster: Roster, ref: Ref) -> None:
 def _check_bounds(state: State, roster: Roster, ref: Ref) -> None:
     most = roster.limits.max_round
     if not 1 <= ref.round <= most or not 1 <= ref.attempt <= MAX_ATTEMPT:
-        raise ServiceError(Reason.TOO_LARGE, f"{_name(ref)}: rounds 1..{most}, attempts 1..{MAX_ATTEMPT} (P-16)")
+        raise ServiceError(Reason.TOO_LARGE, f"{ref}: rounds 1..{most}, attempts 1..{MAX_ATTEMPT} (P-16)")
     if ref.study not in state.records and len(state.records) >= MAX_STUDIES:
         raise ServiceError(Reason.TOO_LARGE, f"this pod knows {MAX_STUDIES} studies, which is the most")
 
 
-def _check_move(phase: Phase, to: Phase, ref: Ref) -> None:
-    if to not in ALLOWED[phase]:
-        raise _refuse(phase, ref)
+def _check_move(state: State, ref: Ref, to: Phase) -> None:
+    if to not in ALLOWED[phase_of(state, ref)]:
+        raise _refusal(state, ref)
 
 
 def _check_cohort(held: Held, manifest: CheckedManifest, cohort: Cohort) -> None:
@@ -304,22 +278,18 @@ def _check_cohort(held: Held, manifest: CheckedManifest, cohort: Cohort) -> None
 
 def _gives_up(blob: bytes, roster: Roster, ref: Ref, manifest: bytes) -> bool:
     try:
-        check_abandon_certificate(blob, roster, *ref, manifest=manifest)
+        valid.check_abandon_certificate(blob, roster, *ref, manifest=manifest)
     except ServiceError:
         return False
     return True
 
 
-def _refuse(phase: Phase, ref: Ref) -> ServiceError:
-    reason, why = _REFUSAL[phase]
-    return ServiceError(reason, f"{_name(ref)}: {why}")
+def _refusal(state: State, ref: Ref) -> ServiceError:
+    reason, why = _REFUSAL[phase_of(state, ref)]
+    return ServiceError(reason, f"{ref}: {why}")
 
 
-def _name(ref: Ref) -> str:
-    return f"round {ref.round} attempt {ref.attempt} of study {ref.study.hex()[:16]}"
-
-
-def evolve(state: State, event: fact.Event) -> State:
+def evolve(state: State, event: Event) -> State:
     """The state after `event`; total."""
     match event:
         case fact.Booted(boot):
@@ -333,53 +303,42 @@ def evolve(state: State, event: fact.Event) -> State:
             kept = held if held and held.ref.round > number else None
             return _with(state, study, replace(record, closed=max(record.closed, number)), kept)
     ref = event.ref
-    record, other = state.record(ref.study), state.held.get(ref.study)
-    held, other = (other, None) if state.holds(ref) else (None, other)  # an event is about the held attempt or not
+    record, held, mine = state.record(ref.study), state.held.get(ref.study), state.holds(ref)
     match event:
         case fact.Committed(_, charter, core, proposal, commitment, expires):
             if ref.round > record.committed[0]:
                 later = {point: m for point, m in record.abandoned.items() if point[0] >= ref.round}
                 record = replace(record, manifests={}, locks={}, abandoned=later)
             record = replace(record, committed=ref.point, charter=charter, core=core)
-            held, other = Held(ref, proposal, commitment, expires), None
+            held = Held(ref, proposal, commitment, expires)
         case fact.Endorsed(_, manifest, others):
             manifests = {**record.manifests, ref.attempt: manifest}
-            record = replace(record, endorsed=ref.point, manifests=manifests, seen=_seen(record, ref, others, ()))
-            held = held and replace(held, manifest=manifest)
+            record = replace(
+                record, endorsed=ref.point, manifests=manifests, seen=_saw(record, others, commit=ref.point)
+            )
+            held = replace(held, manifest=manifest) if held and mine else held
         case fact.Offered(_, entries):
-            state, record = _remember(state, record, entries)
+            heads, ledger = dict(state.heads), dict(record.ledger)
+            for entry in entries:  # L-4: the first head of each sequence stays; the study's highest sequence rises
+                heads[entry.hospital] = {entry.sequence: entry.head, **heads.get(entry.hospital, {})}
+                ledger[entry.hospital] = max(ledger.get(entry.hospital, 0), entry.sequence)
+            state, record = replace(state, heads=heads), replace(record, ledger=ledger)
             good = {entry.hospital: entry.header for entry in entries if not entry.refusal}
-            held = held and replace(held, accepted={**good, **held.accepted})
+            held = replace(held, accepted={**good, **held.accepted}) if held and mine else held
         case fact.Locked(_, manifest, cohort, others):
             locks = {**record.locks, ref.attempt: (manifest, cohort)}
-            record = replace(record, locked=ref.point, locks=locks, seen=_seen(record, ref, (), others))
+            record = replace(record, locked=ref.point, locks=locks, seen=_saw(record, others, lock=ref.point))
         case fact.Abandoned(_, manifest):
-            record, held = replace(record, abandoned={**record.abandoned, ref.point: manifest}), None
-        case fact.Expired():
-            held = None
-    return _with(state, ref.study, record, held or other)
+            record = replace(record, abandoned={**record.abandoned, ref.point: manifest})
+    if mine and isinstance(event, fact.Abandoned | fact.Expired):
+        held = None
+    return _with(state, ref.study, record, held)
 
 
-def _seen(
-    record: Record, ref: Ref, committed: tuple[str, ...], locked: tuple[str, ...]
-) -> dict[str, tuple[fact.Point, fact.Point]]:
-    seen = dict(record.seen)
-    for pod in {*committed, *locked}:
-        commit, lock = seen.get(pod, ((0, 0), (0, 0)))
-        seen[pod] = (ref.point if pod in committed else commit, ref.point if pod in locked else lock)
-    return seen
-
-
-def _remember(state: State, record: Record, entries: tuple[Entry, ...]) -> tuple[State, Record]:
-    """L-4: the first head of each sequence stays; the highest sequence of the study rises."""
-    heads, ledger = dict(state.heads), dict(record.ledger)
-    for entry in entries:
-        heads[entry.hospital] = {entry.sequence: entry.head, **heads.get(entry.hospital, {})}
-        ledger[entry.hospital] = max(ledger.get(entry.hospital, 0), entry.sequence)
-    return replace(state, heads=heads), replace(record, ledger=ledger)
+def _saw(record: Record, pods: Sequence[str], **newest: fact.Point) -> dict[str, Seen]:
+    return {**record.seen, **{pod: record.seen.get(pod, Seen())._replace(**newest) for pod in pods}}
 
 
 def _with(state: State, study: bytes, record: Record, held: Held | None) -> State:
-    kept = {s: h for s, h in state.held.items() if s != study}
-    kept = kept if held is None else {**kept, study: held}
-    return replace(state, records={**state.records, study: record}, held=kept)
+    others = {s: h for s, h in state.held.items() if s != study}
+    return replace(state, records={**state.records, study: record}, held=others | ({study: held} if held else {}))

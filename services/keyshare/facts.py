@@ -1,4 +1,4 @@
-"""The words of custody: what a pod knows (`State`), what it may be asked (commands), what has happened (events).
+"""The words of custody: what a pod knows (`State`), and what has happened (events).
 
 Events hold facts, never secrets: they are the log on the disk, and `audit.jsonl` for everybody who asks.
 Not here: any decision (custody.py).
@@ -8,36 +8,48 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from services.common.secagg.certificate import CheckedManifest, CheckedProposal
-from services.common.secagg.cohort import Cohort
-from services.common.secagg.messages import HighWaterMark
-from services.common.secagg.roster import Roster
+from services.common.secagg.certificate import Ref
 
 Point = tuple[int, int]
 """(round, attempt); (0, 0) = never."""
 
+Entry = NamedTuple(
+    "Entry", [("hospital", str), ("header", bytes), ("sequence", int), ("head", bytes), ("refusal", str)]
+)
+"""A hospital's signed header at Offer: its digest, its ledger mark (L-4), why it is refused ("" = accepted)."""
 
-class Ref(NamedTuple):
-    """One attempt."""
+# What has happened, one line an event.
+Booted = NamedTuple("Booted", [("boot", bytes)])
+"""A process has started: all round keys of earlier boots are gone. `boot` is 32 fresh bytes."""
+Passed = NamedTuple("Passed", [("charter", bytes)])
+"""P-11: enough other pods of `charter` have answered, and none has seen more of this pod than its own store."""
+RolledBack = NamedTuple("RolledBack", [("detail", str)])
+"""Another pod has seen more of this pod than its store knows: it never signs again under this id."""
+Committed = NamedTuple(
+    "Committed",
+    [("ref", Ref), ("charter", bytes), ("core", bytes), ("proposal", bytes), ("commitment", bytes), ("expires", int)],
+)
+"""Fresh round keys for one attempt; digest `core` is pinned for the round. `commitment` is the exact blob."""
+Endorsed = NamedTuple("Endorsed", [("ref", Ref), ("manifest", bytes), ("others", tuple[str, ...])])
+"""The one manifest of the attempt; `others`: pods whose commitments in it verified (P-11)."""
+Offered = NamedTuple("Offered", [("ref", Ref), ("entries", tuple[Entry, ...])])
+"""Headers seen; those without a `refusal` are accepted."""
+Locked = NamedTuple("Locked", [("ref", Ref), ("manifest", bytes), ("cohort", bytes), ("others", tuple[str, ...])])
+"""The one cohort (digest) of the attempt; `others`: pods whose signatures on it verified (P-11)."""
+Abandoned = NamedTuple("Abandoned", [("ref", Ref), ("manifest", bytes)])
+"""The attempt is given up for ever; its keys are gone."""
+Expired = NamedTuple("Expired", [("ref", Ref)])
+"""The keys of the attempt are gone because its time is over (P-22)."""
+Closed = NamedTuple("Closed", [("study", bytes), ("round", int)])
+"""The round and all before it are over."""
+Event = Booted | Passed | RolledBack | Committed | Endorsed | Offered | Locked | Abandoned | Expired | Closed
 
-    study: bytes
-    round: int
-    attempt: int
 
-    @property
-    def point(self) -> Point:
-        """(round, attempt)."""
-        return self.round, self.attempt
+class Seen(NamedTuple):
+    """The newest attempts in which another pod's commitment, and its lock signature, were seen (P-11)."""
 
-
-class Entry(NamedTuple):
-    """A hospital's signed header at Offer: its digest, its ledger mark (L-4), why it is refused ("" = accepted)."""
-
-    hospital: str
-    header: bytes
-    sequence: int
-    head: bytes
-    refusal: str
+    commit: Point = (0, 0)
+    lock: Point = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Record:
     locks: Mapping[int, tuple[bytes, bytes]] = field(default_factory=dict)  # attempt → (M, cohort digest)
     abandoned: Mapping[Point, bytes] = field(default_factory=dict)  # → M
     ledger: Mapping[str, int] = field(default_factory=dict)  # hospital → highest sequence (L-4)
-    seen: Mapping[str, tuple[Point, Point]] = field(default_factory=dict)  # other pod → highest (commit, lock) (P-11)
+    seen: Mapping[str, Seen] = field(default_factory=dict)  # by other pod
 
 
 @dataclass(frozen=True)
@@ -89,155 +101,3 @@ class State:
         """Whether this boot has the round keys of `ref`."""
         held = self.held.get(ref.study)
         return held is not None and held.ref == ref
-
-
-# --- events ---------------------------------------------------------------------------------------------------------
-
-
-class Booted(NamedTuple):
-    """A process has started: all round keys of earlier boots are gone. `boot` is 32 fresh bytes."""
-
-    boot: bytes
-
-
-class Passed(NamedTuple):
-    """P-11: enough other pods of `charter` have answered, and none has seen more of this pod than its own store."""
-
-    charter: bytes
-
-
-class RolledBack(NamedTuple):
-    """Another pod has seen more of this pod than its store knows: it never signs again under this id."""
-
-    detail: str
-
-
-class Committed(NamedTuple):
-    """Fresh round keys for one attempt; digest `core` is pinned for the round. `commitment` is the exact blob."""
-
-    ref: Ref
-    charter: bytes
-    core: bytes
-    proposal: bytes
-    commitment: bytes
-    expires: int
-
-
-class Endorsed(NamedTuple):
-    """The one manifest of the attempt; `others`: pods whose commitments in it verified (P-11)."""
-
-    ref: Ref
-    manifest: bytes
-    others: tuple[str, ...]
-
-
-class Offered(NamedTuple):
-    """Headers seen; those without a `refusal` are accepted."""
-
-    ref: Ref
-    entries: tuple[Entry, ...]
-
-
-class Locked(NamedTuple):
-    """The one cohort (digest) of the attempt; `others`: pods whose signatures on it verified (P-11)."""
-
-    ref: Ref
-    manifest: bytes
-    cohort: bytes
-    others: tuple[str, ...]
-
-
-class Abandoned(NamedTuple):
-    """The attempt is given up for ever; its keys are gone."""
-
-    ref: Ref
-    manifest: bytes
-
-
-class Expired(NamedTuple):
-    """The keys of the attempt are gone because its time is over (P-22)."""
-
-    ref: Ref
-
-
-class Closed(NamedTuple):
-    """The round and all before it are over."""
-
-    study: bytes
-    round: int
-
-
-Event = Booted | Passed | RolledBack | Committed | Endorsed | Offered | Locked | Abandoned | Expired | Closed
-
-
-# --- commands: what they carry was verified before (P-3) ----------------------------------------------------------
-
-
-class DeliverMarks(NamedTuple):
-    """Marks whose signatures by pods of `roster` verified."""
-
-    roster: Roster
-    marks: tuple[HighWaterMark, ...]
-
-
-class Propose(NamedTuple):
-    """`commitment`: the blob with keys drawn just now; `abandons`: blobs of abandon certificates (P-13)."""
-
-    checked: CheckedProposal
-    commitment: bytes
-    abandons: tuple[bytes, ...]
-    now: int
-
-
-class Endorse(NamedTuple):
-    """A manifest valid by P-17."""
-
-    manifest: CheckedManifest
-
-
-class Offer(NamedTuple):
-    """Headers of the manifest, signatures verified, boxes tried."""
-
-    manifest: CheckedManifest
-    entries: tuple[Entry, ...]
-
-
-class LockCohort(NamedTuple):
-    """The aggregator's choice of U."""
-
-    manifest: CheckedManifest
-    cohort: Cohort
-
-
-class Release(NamedTuple):
-    """Sums or digests over `cohort`, whose certificate is valid by P-19 and has locks of the pods `locked`."""
-
-    manifest: CheckedManifest
-    cohort: Cohort
-    locked: tuple[str, ...]
-    pieces: tuple[int, ...]
-
-
-class Abandon(NamedTuple):
-    """Give up one attempt, whose manifest has digest `manifest`."""
-
-    roster: Roster
-    ref: Ref
-    manifest: bytes
-
-
-class CloseRound(NamedTuple):
-    """The aggregator's signed word that the round is over."""
-
-    roster: Roster
-    study: bytes
-    round: int
-
-
-class Expire(NamedTuple):
-    """It is `now` (Unix ms)."""
-
-    now: int
-
-
-Command = DeliverMarks | Propose | Endorse | Offer | LockCohort | Release | Abandon | CloseRound | Expire

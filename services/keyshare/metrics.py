@@ -10,6 +10,7 @@ from services.keyshare.pod import Pod
 ORDERS = ("high_water", "propose", "endorse", "offer", "lock", "release", "digest", "abandon", "close")
 STANDINGS = ("idle", "waiting", "rolled back", *(phase.value for phase in Phase))
 ALARMING = (Reason.CONFLICT, Reason.ROLLED_BACK)
+_SECONDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000)
 
 LIVE = Gauge("wardround_pod_live", "1 when the pod has passed the high-water check (P-11) and signs, else 0")
 CONNECTED = Gauge("wardround_pod_connected", "1 while the pod's Watch stream to the aggregator is open, else 0")
@@ -17,12 +18,7 @@ PHASE = Gauge("wardround_pod_phase", "1 for what the pod has promised about the 
 ROUND = Gauge("wardround_pod_round", "Round of the newest attempt that the pod committed to")
 HELD = Gauge("wardround_pod_attempts_held", "Attempts whose round keys are in memory")
 ANSWERS = Counter("wardround_pod_answers_total", "Commands answered, by order and outcome", ["order", "outcome"])
-SECONDS = Histogram(
-    "wardround_pod_answer_seconds",
-    "Time from an order to the end of its answer",
-    ["order"],
-    buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000),
-)
+SECONDS = Histogram("wardround_pod_answer_seconds", "From an order to its answer's end", ["order"], buckets=_SECONDS)
 REFUSED = Counter("wardround_pod_headers_refused_total", "Hospitals left out of accept lists, by reason", ["reason"])
 ALARMS = Counter("wardround_pod_alarms_total", "Things that a sound committee never sees", ["reason"])
 MEMBERS = Gauge("wardround_committee_pods", "m: pods of the committee in this pod's charter")
@@ -42,11 +38,9 @@ def show(pod: Pod) -> None:
     ref, standing, _ = pod.standing()
     for name in STANDINGS:
         PHASE.labels(name).set(name == standing)
-    ROUND.set(ref.round if ref is not None else 0)
-    LIVE.set(pod.live)
-    HELD.set(len(pod.state.held))
     committee = next(iter(pod.rosters.values())).committee
-    MEMBERS.set(committee.pods)
-    THRESHOLD.set(committee.threshold)
-    QUORUM.set(committee.quorum)
+    gauges = {ROUND: ref.round, LIVE: pod.live, HELD: len(pod.state.held)}
+    gauges |= {MEMBERS: committee.pods, THRESHOLD: committee.threshold, QUORUM: committee.quorum}
+    for gauge, value in gauges.items():
+        gauge.set(value)
     show_charters(tuple(pod.rosters))

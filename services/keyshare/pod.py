@@ -4,11 +4,12 @@ The round keys and stream keys of an attempt live in `Pod._secrets` and nowhere 
 `State.held` no longer lists is dropped (P-22). Thread-safe. Every method raises ServiceError when it refuses.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from services.common.clock import Clock
@@ -16,17 +17,14 @@ from services.common.errors import Reason, ServiceError
 from services.common.ids import check_id
 from services.common.secagg import blob as codec
 from services.common.secagg import certificate as valid
-from services.common.secagg import messages
+from services.common.secagg import digests, masking, messages, ring, sealing, signing
+from services.common.secagg.certificate import Ref
 from services.common.secagg.cohort import Cohort
-from services.common.secagg.digests import vector_digest
-from services.common.secagg.masking import commitment, stream_key
 from services.common.secagg.messages import Signed
 from services.common.secagg.roster import Roster
-from services.common.secagg.sealing import SealingKey, box_info, generate, open_box, unpack_seeds
-from services.common.secagg.signing import Signer, digest, open_claimed, open_signed
-from services.keyshare import custody, facts
-from services.keyshare.facts import Entry, Ref, State
-from services.keyshare.masksum import Chunk, range_bytes, sum_chunks
+from services.common.secagg.signing import Signer
+from services.keyshare import custody
+from services.keyshare.facts import Booted, Entry, Event, State
 from services.keyshare.store import CustodyStore
 
 T = TypeVar("T")
@@ -36,7 +34,7 @@ T = TypeVar("T")
 class _Secrets:
     """The round keys of one attempt, and each hospital's stream keys for this pod's pieces, ascending."""
 
-    sealing: SealingKey = field(repr=False)
+    opener: sealing.SealingKey = field(repr=False)
     signer: Signer
     streams: dict[str, tuple[bytes, ...]] = field(default_factory=dict, repr=False)
 
@@ -47,10 +45,8 @@ class Pod:
     def __init__(
         self, id: str, identity: Signer, store: CustodyStore, rosters: Mapping[bytes, Roster], clock: Clock
     ) -> None:
-        self.id, self.rosters = id, rosters
-        self._identity, self._store, self.clock = identity, store, clock
-        self.audit = store.audit
-        self._lock = threading.RLock()
+        self.id, self.rosters, self.clock, self.audit = id, rosters, clock, store.audit
+        self._identity, self._store, self._lock = identity, store, threading.RLock()
         self._secrets: dict[Ref, _Secrets] = {}
         self.state = State(id)
         for event in store.load():
@@ -58,53 +54,44 @@ class Pod:
         for roster in rosters.values():
             if roster.pods[roster.pod_index(id)].key != identity.public:
                 raise ServiceError(Reason.INVALID_DOCUMENT, f"the charter has another identity key for {id}")
-        self._append([facts.Booted(os.urandom(32))])
+        self._append([Booted(os.urandom(32))])
 
     @property
     def live(self) -> bool:
         """Whether P-11 was passed under a charter that is pinned now."""
         return not self.state.rolled_back and not self.state.live.isdisjoint(self.rosters)
 
-    def standing(self) -> tuple[Ref | None, str, str]:
+    def standing(self) -> tuple[Ref, str, str]:
         """(newest attempt, its phase, a sentence) for people."""
         state = self.state
-        newest = max(
-            (Ref(study, *record.committed) for study, record in state.records.items()),
-            default=None,
-            key=lambda ref: ref.point,
-        )
+        refs = [Ref(study, *record.committed) for study, record in state.records.items()]
+        newest = max(refs, default=Ref(b"", 0, 0), key=lambda ref: ref.point)
         if state.rolled_back:
-            return (
-                newest,
-                "rolled back",
-                f"{state.rolled_back}: needs a new id and key by amendment, and an empty volume",
-            )
+            return newest, "rolled back", f"{state.rolled_back}: needs a new id and key by amendment, an empty volume"
         if not self.live:
             return newest, "waiting", "waits for fresh high-water marks of other pods before it signs (P-11)"
-        if newest is None:
-            return None, "idle", "ready; nothing was proposed yet"
+        if not refs:
+            return newest, "idle", "ready; nothing was proposed yet"
         return newest, custody.phase_of(state, newest).value, f"holds the round keys of {len(state.held)} attempts"
 
     def propose(self, signed: Signed, abandons: Sequence[bytes]) -> Signed:
         """Propose → signed Commitment; the same bytes again for an equal proposal in this boot."""
         checked = self._pinned(lambda roster: valid.check_proposal(signed, roster))
-        core, suite = checked.core, checked.roster.suite
+        core, suite, ref = checked.core, checked.roster.suite, checked.ref
         checked.roster.pod_index(self.id)
-        secrets, public = generate(suite)
+        secret, public = sealing.generate(suite)
         signer = Signer.from_seed(os.urandom(32))
-        ref = Ref(core.study, core.round, checked.proposal.attempt)
-        blob = codec.encode(
-            messages.Commitment(checked.digest, core.charter, *ref, self.id, suite, public, signer.public)
-        )
+        drawn = messages.Commitment(checked.digest, core.charter, *ref, self.id, suite, public, signer.public)
         with self._lock:
-            if self._do(facts.Propose(checked, blob, tuple(abandons), self.clock.now_ms())):
-                self._secrets[ref] = _Secrets(secrets, signer)
+            blob, now = codec.encode(drawn), self.clock.now_ms()
+            if self._do(lambda state: custody.propose(state, checked, blob, abandons, now)):
+                self._secrets[ref] = _Secrets(secret, signer)
             return self._identity.sign("commit", self.state.held[core.study].commitment)
 
     def endorse(self, manifest: bytes) -> Signed:
         """Endorse → signed Endorsement."""
         checked = self._manifest(manifest)
-        self._do(facts.Endorse(checked))
+        self._do(lambda state: custody.endorse(state, checked))
         return self._sign(checked, "endorse", messages.Endorsement(checked.M, self.id))
 
     def offer(
@@ -115,62 +102,61 @@ class Pod:
         `offered` is called once the attempt is known to be served: (header, this pod's box) of each hospital.
         """
         checked = self._manifest(manifest)
-        self._do(facts.Offer(checked, ()))  # may I?
+        self._do(lambda state: custody.offer(state, checked, ()))  # may I?
         entries: list[Entry] = []
         streams: dict[bytes, tuple[bytes, ...]] = {}
         left_out: list[tuple[str, str]] = []
         for signed, box in offered():
+            hospital = "unknown"
             try:
+                hospital = codec.peek_ident(messages.Header, "hospital", signed.blob)  # not verified: for the log only
                 header = valid.check_header(signed, checked)
             except ServiceError as error:
-                left_out.append((_claimed(signed), str(error)))
+                left_out.append((hospital, str(error)))
                 continue
-            mark, refusal = header.ledger, ""
-            listed = digest("header", signed.blob)
+            name, mark, refusal = signing.digest("header", signed.blob), header.ledger, ""
             try:
-                streams[listed] = self._open(checked, header, box)
+                streams[name] = self._open(checked, header, box)
             except ServiceError as error:
                 refusal = str(error)
-            entries.append(Entry(header.hospital, listed, mark.sequence, mark.head, refusal))
-        command = facts.Offer(checked, tuple(entries))
+            entries.append(Entry(header.hospital, name, mark.sequence, mark.head, refusal))
         with self._lock:
-            left_out += [
-                (entry.hospital, entry.refusal) for entry in custody.judge(self.state, command) if entry.refusal
-            ]
-            self._do(command)
-            accepted = self.state.held[checked.core.study].accepted
-            kept = self._keys(checked).streams
-            kept.update({name: streams[listed] for name, listed in accepted.items() if listed in streams})
+            judged = custody.judge(self.state, checked, entries)
+            left_out += [(entry.hospital, entry.refusal) for entry in judged if entry.refusal]
+            self._do(lambda state: custody.offer(state, checked, entries))
+            accepted, kept = self.state.held[checked.core.study].accepted, self._keys(checked).streams
+            kept.update({hospital: streams[name] for hospital, name in accepted.items() if name in streams})
             members = tuple(messages.Accepted(name, accepted[name]) for name in sorted(accepted, key=str.encode))
             return self._sign(checked, "accept", messages.AcceptList(checked.M, self.id, members)), left_out
 
     def lock(self, manifest: bytes, cohort: bytes) -> Signed:
         """Lock → signed Lock."""
         checked, parsed = self._manifest(manifest), Cohort.parse(cohort)
-        self._do(facts.LockCohort(checked, parsed))
+        self._do(lambda state: custody.lock(state, checked, parsed))
         return self._sign(checked, "lock", messages.Lock(checked.M, parsed.digest, len(parsed.members), self.id))
 
     def release(
-        self, manifest: bytes, certificate: bytes, pieces: Sequence[int], first: int, chunks: int, vectors: bool = True
-    ) -> Iterator[Chunk | Signed]:
-        """Release → of each piece its chunks, then its signed PieceSum. Digest (no `vectors`) → those alone."""
+        self, manifest: bytes, certificate: bytes, pieces: Sequence[int], first: int, count: int, *, whole: bool = True
+    ) -> Iterator[tuple[int, int, bytes] | Signed]:
+        """Release → of each piece (piece, index, lanes) a chunk, then its signed PieceSum. Digest → the last alone."""
         checked = self._manifest(manifest)
         cohort = valid.check_certificate(checked, certificate)
         locks = codec.decode(messages.CohortCertificate, certificate).locks
-        locked = tuple(codec.decode(messages.Lock, signed.blob).pod for signed in locks)
-        self._do(facts.Release(checked, cohort, locked, tuple(pieces)))
+        locked = [codec.decode(messages.Lock, signed.blob).pod for signed in locks]
+        self._do(lambda state: custody.release(state, checked, cohort, locked, pieces))
         own = checked.roster.committee.pieces_of(checked.roster.pod_index(self.id))
+        lanes, total = checked.table.ring, checked.table.total_bytes
+        take = digests.with_digest if whole else digests.digest_alone
         for piece in pieces:
-            streams = self._keys(checked).streams
+            streams, hashed = self._keys(checked).streams, []
             keys = [streams[member.hospital][own.index(piece)] for member in cohort.members]
-            digests = []
-            for index, data, hashed in sum_chunks(keys, checked.table, first, chunks, vectors):
+            for index, (data, digest) in enumerate(masking.sum_streams(keys, lanes, total, first, count, take), first):
                 self._keys(checked)  # raises once they were dropped (P-22)
-                digests.append(hashed)
-                if vectors:
+                hashed.append(digest)
+                if whole:
                     yield piece, index, data
-            vector = vector_digest(range_bytes(checked.table, first, chunks), digests)
-            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, chunks, vector, self.id)
+            vector = digests.vector_digest(sum(ring.chunk_lengths(total)[first : first + count]), hashed)
+            answer = messages.PieceSum(checked.M, cohort.digest, piece, first, count, vector, self.id)
             yield self._sign(checked, "release", answer)
 
     def abandon(self, charter: bytes, ref: Ref, manifest: bytes) -> Signed:
@@ -181,19 +167,13 @@ class Pod:
                 Reason.WRONG_CORE, "the charter to abandon under is not pinned, or a digest is not whole"
             )
         roster.pod_index(self.id)
-        self._do(facts.Abandon(roster, ref, manifest))
+        self._do(lambda state: custody.abandon(state, roster, ref, manifest))
         return self._identity.sign("abandon", codec.encode(messages.Abandon(charter, *ref, manifest, self.id)))
 
     def close(self, signed: Signed) -> None:
         """Close: on the disk when this returns; keys and seeds are gone."""
-
-        def check(roster: Roster) -> facts.CloseRound:
-            close = open_signed(messages.Close, "close", signed, roster.aggregator.key)
-            if close.charter != roster.charter:
-                raise ServiceError(Reason.WRONG_CORE, "the close names a charter that is not pinned here")
-            return facts.CloseRound(roster, close.study, close.round)
-
-        self._do(self._pinned(check))
+        roster, close = self._pinned(lambda roster: (roster, valid.check_close(signed, roster)))
+        self._do(lambda state: custody.close(state, roster, close.study, close.round))
 
     def mark(self, nonce: bytes, asking: str) -> Signed:
         """HighWater, form 2 → signed mark about `asking` for its nonce."""
@@ -205,14 +185,12 @@ class Pod:
         fault: ServiceError | None = None
         for roster in self.rosters.values():
             keys = {pod.id: pod.key for pod in roster.pods}
-            good = []
+            good: list[messages.HighWaterMark] = []
             for signed in marks:
-                try:
-                    good.append(open_claimed(messages.HighWaterMark, "highwater", signed, "answering", keys))
-                except ServiceError as error:  # one bad mark does not spoil the others
-                    fault = error
+                with suppress(ServiceError):  # one bad mark does not spoil the others
+                    good.append(signing.open_claimed(messages.HighWaterMark, "highwater", signed, "answering", keys))
             try:
-                self._do(facts.DeliverMarks(roster, tuple(good)))
+                self._do(partial(custody.deliver, roster=roster, marks=good))
             except ServiceError as error:
                 fault = error
         if not self.live:
@@ -221,19 +199,19 @@ class Pod:
     def expire(self) -> None:
         """Drop the keys whose time is over, though nobody asks for anything."""
         with self._lock:
-            events = custody.decide(self.state, facts.Expire(self.clock.now_ms()))
-            for ref in [event.ref for event in events if isinstance(event, facts.Expired)]:
-                self._secrets.pop(ref, None)  # first: a full disk must not lengthen a key's life
+            events = custody.expire(self.state, self.clock.now_ms())
+            for event in events:
+                self._secrets.pop(event.ref, None)  # first: a full disk must not lengthen a key's life
             self._append(events)
 
-    def _do(self, command: facts.Command) -> list[facts.Event]:
+    def _do(self, decide: Callable[[State], Sequence[Event]]) -> Sequence[Event]:
         with self._lock:
             self.expire()
-            events = custody.decide(self.state, command)
+            events = decide(self.state)
             self._append(events)
             return events
 
-    def _append(self, events: list[facts.Event]) -> None:
+    def _append(self, events: Sequence[Event]) -> None:
         if events:
             self._store.append(events)
             for event in events:
@@ -244,7 +222,7 @@ class Pod:
         return self._keys(checked).signer.sign(label, codec.encode(message))
 
     def _keys(self, checked: valid.CheckedManifest) -> _Secrets:
-        found = self._secrets.get(custody.ref_of(checked))
+        found = self._secrets.get(checked.ref)
         if found is None:
             raise ServiceError(Reason.NOT_LIVE, "the keys of this attempt were dropped: it was closed or has expired")
         return found
@@ -264,23 +242,12 @@ class Pod:
 
     def _open(self, checked: valid.CheckedManifest, header: messages.Header, box: bytes) -> tuple[bytes, ...]:
         """The stream keys in a hospital's box; every seed matches its com (§4 step 6)."""
-        committee, index = checked.roster.committee, checked.roster.pod_index(self.id)
-        listed = next(entry.digest for entry in header.boxes if entry.pod == index)
-        if hashlib.sha256(box).digest() != listed:
-            raise ServiceError(Reason.BAD_DIGEST, f"the box of {header.hospital} is not the one in its header")
-        pieces = committee.pieces_of(index)
-        place = (checked.M, header.hospital)
-        opened = open_box(self._keys(checked).sealing, box, box_info(*place, index))
-        seeds = dict(zip(pieces, unpack_seeds(opened, len(pieces)), strict=True))
+        place, index = (checked.M, header.hospital), checked.roster.pod_index(self.id)
+        valid.check_box(header, index, box)
+        pieces = checked.roster.committee.pieces_of(index)
+        opened = sealing.open_box(self._keys(checked).opener, box, sealing.box_info(*place, index))
+        seeds = dict(zip(pieces, sealing.unpack_seeds(opened, len(pieces)), strict=True))
         for piece, seed in seeds.items():
-            if commitment(*place, piece, seed) != header.commitments[piece]:
+            if masking.commitment(*place, piece, seed) != header.commitments[piece]:
                 raise ServiceError(Reason.BAD_DIGEST, f"{header.hospital}: the seed of piece {piece} is not its com")
-        return tuple(stream_key(seed, *place, piece) for piece, seed in seeds.items())
-
-
-def _claimed(signed: Signed) -> str:
-    """The hospital that a refused header names, for the log only."""
-    try:
-        return codec.peek_ident(messages.Header, "hospital", signed.blob)
-    except ServiceError:
-        return "unknown"
+        return tuple(masking.stream_key(seed, *place, piece) for piece, seed in seeds.items())

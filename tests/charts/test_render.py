@@ -11,8 +11,8 @@ import yaml
 
 from services.aggregator.config import load_config as load_aggregator
 from services.cli import kubernetes
+from services.common.documents.site import load_dialing
 from services.hospital_node.config import load_config as load_hospital
-from services.keyshare.config import load_config as load_pod
 from tests.support.charts import (
     ALL_KINDS,
     CHARTS,
@@ -29,7 +29,7 @@ from tests.support.charts import (
 
 pytestmark = needs_helm
 MINORS = ("1.33", "1.35", "1.37")
-LOADERS = {"aggregator": load_aggregator, "hospital-node": load_hospital, "keyshare": load_pod}
+LOADERS = {"aggregator": load_aggregator, "hospital-node": load_hospital, "keyshare": load_dialing}
 
 
 def install(files: Files, helm: str, chart: str, values: Path, *more: str) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from services.common.errors import Reason
 from services.common.secagg import blob as codec
 from services.common.secagg.certificate import check_manifest
 from services.common.secagg.messages import AbandonCertificate, AcceptList
-from services.keyshare.custody import ref_of
 from tests.support.fake_aggregator_for_hospitals import FakeAggregator
 from tests.support.hospital_site import Site
 from tests.support.hospital_world import World, make_world
@@ -106,9 +105,7 @@ def test_l4_restored_ledger_is_refused_in_the_same_round(story: Story, tmp_path:
     first = next(iter(story.aggregator.manifests.values()))
     for index in (0, 1, 2):
         story.pods.restart(index)
-    given_up = [
-        story.pods.pods[index].abandon(story.world.charter.digest, ref_of(first), first.M) for index in range(3)
-    ]
+    given_up = [story.pods.pods[index].abandon(story.world.charter.digest, first.ref, first.M) for index in range(3)]
     story.aggregator.abandons = [codec.encode(AbandonCertificate(tuple(given_up)))]
     assert all_say(story.round_of(2, 2), "seen with another head")
 

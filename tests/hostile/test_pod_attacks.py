@@ -14,6 +14,7 @@ import pytest
 
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
+from services.common.secagg.certificate import Ref
 from services.common.secagg.cohort import Cohort
 from services.common.secagg.messages import (
     Accepted,
@@ -27,7 +28,6 @@ from services.common.secagg.messages import (
     Signed,
 )
 from services.common.secagg.signing import Signer, digest
-from services.keyshare.facts import Ref
 from services.keyshare.store import CustodyStore
 from tests.support.consortium import STUDY, Submission, derive, make_consortium
 from tests.support.pods import PodWorld, Round, refuses, vector

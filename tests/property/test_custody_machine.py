@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.common.errors import ServiceError
 from services.common.secagg import blob as codec
-from services.common.secagg.certificate import CheckedManifest, check_manifest
+from services.common.secagg.certificate import CheckedManifest, Ref, check_manifest
 from services.common.secagg.cohort import Cohort
 from services.common.secagg.messages import (
     Accepted,
@@ -32,7 +32,7 @@ from services.common.secagg.messages import (
 from services.common.secagg.signing import open_signed
 from services.keyshare import custody
 from services.keyshare.custody import Phase, phase_of
-from services.keyshare.facts import Event, Ref, State
+from services.keyshare.facts import Event, State
 from services.keyshare.pod import Pod
 from tests.support.consortium import STUDY, Submission, derive, make_consortium
 from tests.support.pods import FakeClock, vector
@@ -149,7 +149,7 @@ class CustodyMachine(RuleBasedStateMachine):
         return data.draw(st.one_of(st.just(newest[min(1, len(newest) - 1)]), st.sampled_from(newest)))
 
     def about(self, blob: bytes) -> tuple[CheckedManifest, Ref]:
-        return self.manifests[blob], custody.ref_of(self.manifests[blob])
+        return self.manifests[blob], self.manifests[blob].ref
 
     @precondition(lambda self: self.manifests)
     @rule(data=st.data())
@@ -276,7 +276,7 @@ class CustodyMachine(RuleBasedStateMachine):
         assert state == self.pod.state
 
     def round_key(self, checked: CheckedManifest) -> bytes:
-        own = codec.decode(Commitment, self.own[custody.ref_of(checked)])
+        own = codec.decode(Commitment, self.own[checked.ref])
         return own.round_key
 
     def submission(self, checked: CheckedManifest, name: str) -> Submission:

@@ -22,6 +22,7 @@ from services.common.secagg.messages import (
     CohortCertificate,
     Signed,
 )
+from services.common.store.records import to_json
 from tests.support.consortium import derive, make_consortium
 
 CONSORTIUM = make_consortium(4, 2, 3, organisations={"dave": "org-carol"})
@@ -101,7 +102,7 @@ class RoundMachine(RuleBasedStateMachine):
         """kill -9: the state is what the log says."""
         again = State()
         for fact in self.log:
-            again = evolve(again, f.from_json(*f.to_json(fact)))
+            again = evolve(again, f.from_json(*to_json(fact)))
         assert again == self.state
         self.state = again
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from services.common.clock import SystemClock
 from services.common.documents.emit import emit
-from services.common.documents.site import TlsSection
+from services.common.documents.site import DialingConfig, TlsSection
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.certificates import issue_leaf, server_name
@@ -34,7 +34,6 @@ from services.common.secagg import blob as codec
 from services.common.secagg import sealing
 from services.common.secagg.messages import Commitment, Core, HighWaterMark, Manifest, Mark, Signed
 from services.common.secagg.signing import Signer, digest
-from services.keyshare.config import PodConfig
 from tests.support.consortium import Consortium, PodKeys, Submission, derive
 from tests.support.documents import CONSORTIUM, Documents, make_documents
 from wardround.keyshare.v1 import keyshare_pb2 as wire
@@ -195,7 +194,7 @@ class PodProcess:
         key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         leaf = aggregator.leaf(Role.POD, self.id)
         self.socket = Path("/tmp") / f"wardround-{os.getpid()}-{self.id}-{time.monotonic_ns()}.sock"
-        self.config = PodConfig(
+        self.config = DialingConfig(
             id=self.id, charters=(str(charter),), pins=str(pin), identity_key=str(key),
             tls=TlsSection(certificate=str(leaf.certificate), key=str(leaf.key)), state=str(self.folder / "state"),
             http="127.0.0.1:0", aggregator=f"127.0.0.1:{aggregator.port}", admin_socket=str(self.socket),

@@ -117,7 +117,8 @@ class FakePod:
                     self.orders.append(f"told {error.reason.value}: {error.detail}")
 
     def _call(self, method: str, request: Any) -> Any:
-        return self._caller.unary(lambda c: getattr(KeyShareServiceStub(c), method), request, seconds=20)
+        pick = lambda c: getattr(KeyShareServiceStub(c), method)  # noqa: E731
+        return self._caller.unary(pick, request, seconds=20, worth=lambda: self._stream.alive)
 
     def _one(self, kind: str, order: pb.WatchResponse) -> None:
         number = order.command

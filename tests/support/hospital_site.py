@@ -8,9 +8,11 @@ import numpy as np
 
 from services.common.clock import Clock, SystemClock
 from services.common.errors import ServiceError
+from services.common.ids import Role
+from services.common.rpc.dialing import open_caller
 from services.common.secagg.encoding import decode_class
 from services.common.store.blobs import BlobStore
-from services.hospital_node.__main__ import open_caller, own_signer
+from services.hospital_node.__main__ import own_signer
 from services.hospital_node.client import AggregatorClient, round_state
 from services.hospital_node.config import SiteDocuments, load_config
 from services.hospital_node.participate import Participation
@@ -36,7 +38,7 @@ class Site:
         documents = SiteDocuments(self.config)
         charter = next(iter(documents.charters().values()))
         state = Path(self.config.state)
-        self.client = AggregatorClient(open_caller(self.config, charter))
+        self.client = AggregatorClient(open_caller(self.config, Role.HOSPITAL, charter, SystemClock()))
         self.store = Store(state)
         self.participation = Participation(
             self.config.id,

@@ -9,7 +9,7 @@ import pytest
 
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
-from services.common.secagg.certificate import CheckedManifest, check_manifest
+from services.common.secagg.certificate import CheckedManifest, Ref, check_manifest
 from services.common.secagg.cohort import Cohort
 from services.common.secagg.encoding import LaneTable
 from services.common.secagg.messages import (
@@ -24,7 +24,6 @@ from services.common.secagg.messages import (
     Signed,
 )
 from services.common.secagg.signing import digest
-from services.keyshare.facts import Ref
 from services.keyshare.pod import Pod
 from services.keyshare.store import CustodyStore
 from tests.support.consortium import NOW, STUDY, Consortium, Submission, make_consortium, values_for

@@ -10,7 +10,7 @@ import pytest
 
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
-from services.common.secagg.certificate import check_endorsed, open_round_signed
+from services.common.secagg.certificate import Ref, check_endorsed, open_round_signed
 from services.common.secagg.digests import chunk_digest, vector_digest
 from services.common.secagg.messages import (
     SUITE_HYBRID,
@@ -21,7 +21,7 @@ from services.common.secagg.messages import (
     PieceSum,
     Signed,
 )
-from services.keyshare import custody, facts
+from services.keyshare import custody
 from services.keyshare.custody import ALLOWED, Phase, phase_of
 from tests.support.consortium import NOW, derive, make_consortium, values_for
 from tests.support.packed import encoded
@@ -219,7 +219,7 @@ def test_rounds_and_attempts_are_bounded(world: PodWorld) -> None:
         pod.propose(world.consortium.proposal(core), [])
     for number, attempt in ((101, 1), (1, 65), (0, 1), (1, 0)):
         with refuses(Reason.TOO_LARGE):
-            pod.abandon(roster.charter, facts.Ref(core.study, number, attempt), derive("M"))
+            pod.abandon(roster.charter, Ref(core.study, number, attempt), derive("M"))
     with refuses(Reason.TOO_LARGE):
         pod.close(world.close_round(101))
     assert pod.propose(world.consortium.proposal(attempt=64), [])
@@ -247,7 +247,7 @@ def test_abandoned_attempt_is_dead(world: PodWorld) -> None:
 
 def test_abandon_of_an_attempt_never_seen(world: PodWorld) -> None:
     """P-14: a pod that was down may give up (study, r, a), and then never commits to it, also after a restart."""
-    ref = facts.Ref(world.consortium.core().study, 1, 1)
+    ref = Ref(world.consortium.core().study, 1, 1)
     world.pods[0].abandon(world.consortium.roster.charter, ref, derive("M"))
     world.restart(0)
     with refuses(Reason.ABANDONED):
@@ -369,7 +369,7 @@ def test_altered_log_is_refused(world: PodWorld) -> None:
     world.stop(0)
     with sqlite3.connect(world.place(0) / "custody.sqlite") as raw:
         raw.execute("DROP TRIGGER events_stay")
-        raw.execute("UPDATE events SET payload = replace(payload, 'hex:', 'hex:00') WHERE kind = 'Endorsed'")
+        raw.execute("""UPDATE events SET payload = replace(payload, '"round":', '"round":1') WHERE kind = 'Endorsed'""")
     raw.close()
     with refuses(Reason.UNSAFE_STORE):
         world.boot(0)
@@ -381,7 +381,7 @@ def test_allowed_table_is_what_happens(world: PodWorld) -> None:
     assert ALLOWED[Phase.CLOSED] == frozenset()
     assert Phase.ABANDONED not in ALLOWED[Phase.LOCKED]
     assert not {Phase.LOCKED, Phase.ENDORSED, Phase.COMMITTED} & ALLOWED[Phase.ABANDONED]
-    ref = facts.Ref(derive("nowhere"), 1, 1)
+    ref = Ref(derive("nowhere"), 1, 1)
     assert phase_of(world.pods[0].state, ref) is Phase.UNSEEN
 
 

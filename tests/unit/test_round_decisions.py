@@ -9,6 +9,7 @@ from services.aggregator.round import Answer, Phase, Rules, State, Tick, alarms,
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.cohort import Cohort
 from services.common.secagg.messages import MAX_ATTEMPT, OUTCOME_ACCEPTED, OUTCOME_REJECTED, Signed
+from services.common.store.records import to_json
 from tests.support.consortium import derive, make_consortium
 
 T0 = 1_000_000
@@ -491,7 +492,7 @@ def test_facts_survive_the_log_unchanged_and_an_unknown_one_is_refused() -> None
     script = Script().to(Phase.VERIFIED)
     script.conclude()
     for fact in script.log:
-        assert f.from_json(*f.to_json(fact)) == fact
+        assert f.from_json(*to_json(fact)) == fact
     for kind, payload in (
         ("Invented", {}),
         ("Offering", {"at": 1, "more": 2}),

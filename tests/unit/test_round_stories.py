@@ -8,6 +8,7 @@ from services.aggregator import facts as f
 from services.cli.history import read_log, tell
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED, Signed
+from services.common.store.records import to_json
 
 SIGNED = Signed(b"blob", bytes(64))
 HASH = bytes(32)
@@ -80,7 +81,7 @@ def test_a_stalled_round_says_why_and_the_next_one_begins_anew() -> None:
 
 
 def test_the_log_is_read_as_it_was_exported() -> None:
-    rows = [f.to_json(fact) for fact in ROUND]
+    rows = [to_json(fact) for fact in ROUND]
     lines = [json.dumps({"version": i, "kind": kind, "payload": payload}) for i, (kind, payload) in enumerate(rows)]
     assert read_log(lines) == list(ROUND)
     with pytest.raises(ServiceError) as caught:

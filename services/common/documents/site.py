@@ -13,7 +13,7 @@ from pydantic import Field
 
 from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.pin import load_pin, select
-from services.common.documents.strict import Section, refuse
+from services.common.documents.strict import Section, load, refuse
 from services.common.errors import ServiceError
 from services.common.secagg.roster import Roster
 from services.common.secagg.signing import Signer
@@ -49,6 +49,11 @@ class DialingConfig(SiteConfig):
     admin_socket: Path = Field(description="Unix socket for `wardround` on this machine")
 
 
+def load_dialing(path: Path) -> DialingConfig:
+    """The configuration of a site that needs no more than this: a pod's. Raises INVALID_DOCUMENT."""
+    return load(DialingConfig, read(path), path.name)
+
+
 def read(path: Path) -> bytes:
     """The exact bytes of a file. Raises INVALID_DOCUMENT naming it."""
     try:
@@ -78,6 +83,10 @@ class PinnedCharters:
         self._config, self._check = config, check
         self._blobs: list[bytes] = []
         self._found: tuple[LoadedCharter, ...] = ()
+
+    def rosters(self) -> dict[bytes, Roster]:
+        """Of the same charters, by digest."""
+        return {charter.digest: charter.roster for charter in self.read()}
 
     def read(self) -> tuple[LoadedCharter, ...]:
         """The current charter, then the pinned next one. A file that is not there yet is passed over.

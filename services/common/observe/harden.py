@@ -4,6 +4,7 @@ No core dump, no other process of this user looking in (ptrace, /proc/PID/mem), 
 """
 
 import ctypes
+import logging
 import resource
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from prometheus_client import Gauge
 
 from services.common.errors import Reason, ServiceError
 
+_log = logging.getLogger(__name__)
 _PR_SET_DUMPABLE = 4
 # Every page is locked when it is first touched: locking reserved address space as well would cost gigabytes.
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -35,6 +37,10 @@ def harden(demo: bool, swaps: Path = Path("/proc/swaps")) -> bool:
             "memory cannot be locked and this machine has swap, so round keys could reach a disk: raise "
             "RLIMIT_MEMLOCK to unlimited, turn swap off, or run in a pod with Guaranteed QoS",
         )
+    if not locked:
+        _log.warning("memory is not locked; this machine has no swap, or the charter is a demo")
+    if demo:
+        _log.warning("DEMO charter: the store, swap and organisation rules are lifted")
     return locked
 
 

@@ -93,12 +93,13 @@ class Caller:
         request: Request,
         *,
         seconds: float,
+        worth: Callable[[], bool] = lambda: True,
     ) -> Response:
         """One request, one answer: `caller.unary(lambda c: stub(KeyShareServiceStub, c).Commit, request, seconds=10)`.
 
-        Repeated with growing, random waits while the answer is UNAVAILABLE and time is left.
+        Repeated with growing, random waits while the answer is UNAVAILABLE, time is left and it is `worth` it.
         """
-        return self._repeated(lambda channel, left: pick(channel)(request, timeout=left), seconds)
+        return self._repeated(lambda channel, left: pick(channel)(request, timeout=left), seconds, worth)
 
     def upload(
         self,
@@ -148,7 +149,9 @@ class Caller:
         for line in lines:
             line.channel.close()
 
-    def _repeated(self, call: Callable[[grpc.Channel, float], Response], seconds: float) -> Response:
+    def _repeated(
+        self, call: Callable[[grpc.Channel, float], Response], seconds: float, worth: Callable[[], bool]
+    ) -> Response:
         end = time.monotonic() + seconds
         longest = _FIRST_WAIT
         while True:
@@ -158,7 +161,8 @@ class Caller:
             except ServiceError as error:
                 wait = self._random.uniform(longest / 2, longest)
                 late = time.monotonic() + wait >= end
-                if CODES[error.reason] is not grpc.StatusCode.UNAVAILABLE or late or self._closed.wait(wait):
+                passing = CODES[error.reason] is grpc.StatusCode.UNAVAILABLE and not late
+                if not passing or not worth() or self._closed.wait(wait):
                     raise
             longest = min(2 * longest, _LONGEST_WAIT)
 
@@ -202,6 +206,11 @@ class Stream(Generic[Response]):
         self._scope = caller._channel()
         self._begin = begin
         self._answers: Any = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the call goes on, as far as is known here."""
+        return bool(self._answers.is_active())
 
     def cancel(self) -> None:
         """End the call from any thread; the iteration then raises UNREACHABLE."""

@@ -5,10 +5,11 @@ Every one takes exact bytes and the pinned roster; identity keys come from the r
 keys from the manifest alone. Not here: what a role does about it (custody, round, participate).
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
@@ -21,6 +22,7 @@ from services.common.secagg.messages import (
     Abandon,
     AbandonCertificate,
     AcceptList,
+    Close,
     CohortCertificate,
     Commitment,
     Core,
@@ -42,6 +44,22 @@ RoundSigned = TypeVar("RoundSigned", Endorsement, AcceptList, Lock, PieceSum)
 _REMEMBERED = 8  # valid proposals and manifests: one is looked at in every step of its round, with the same outcome
 
 
+class Ref(NamedTuple):
+    """One attempt of a round: ρ of protocol.md §4."""
+
+    study: bytes
+    round: int
+    attempt: int
+
+    @property
+    def point(self) -> tuple[int, int]:
+        """(round, attempt)."""
+        return self.round, self.attempt
+
+    def __str__(self) -> str:
+        return f"round {self.round} attempt {self.attempt} of study {self.study.hex()[:16]}"
+
+
 @dataclass(frozen=True)
 class CheckedProposal:
     """A proposal of the charter's aggregator within the charter's limits. `digest` is D(proposal, blob)."""
@@ -52,6 +70,11 @@ class CheckedProposal:
     core_digest: bytes
     table: LaneTable
     roster: Roster
+
+    @property
+    def ref(self) -> Ref:
+        """Which attempt it proposes."""
+        return Ref(self.core.study, self.core.round, self.proposal.attempt)
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,11 @@ class CheckedManifest:
     table: LaneTable
     commitments: Mapping[int, Commitment]
     roster: Roster
+
+    @property
+    def ref(self) -> Ref:
+        """Which attempt it is of."""
+        return Ref(self.core.study, self.core.round, self.proposal.attempt)
 
     def round_keys(self) -> dict[str, bytes]:
         """The round key of every pod in the manifest, by pod id."""
@@ -218,6 +246,12 @@ def check_header(signed: Signed, checked: CheckedManifest) -> Header:
     return header
 
 
+def check_box(header: Header, pod: int, box: bytes) -> None:
+    """Raise BAD_DIGEST unless `box` is the one that the header names for the pod with this index."""
+    if hashlib.sha256(box).digest() != next((named.digest for named in header.boxes if named.pod == pod), None):
+        raise ServiceError(Reason.BAD_DIGEST, f"{header.hospital}: the box for pod {pod} is not the one in its header")
+
+
 def check_receipt(signed: Signed, checked: CheckedManifest, header: Signed, hospital: str, vector: bytes) -> Receipt:
     """The aggregator's receipt for exactly this header and vector. Raises BAD_SIGNATURE, MALFORMED, CONFLICT."""
     receipt = open_signed(Receipt, "receipt", signed, checked.roster.aggregator.key)
@@ -225,6 +259,14 @@ def check_receipt(signed: Signed, checked: CheckedManifest, header: Signed, hosp
     if (receipt.manifest, receipt.hospital, receipt.header, receipt.vector) != expected:
         raise ServiceError(Reason.CONFLICT, f"the receipt is not for what {hospital} sent")
     return receipt
+
+
+def check_close(signed: Signed, roster: Roster) -> Close:
+    """The aggregator's word that a round under this charter is over. Raises BAD_SIGNATURE, MALFORMED, WRONG_CORE."""
+    close = open_signed(Close, "close", signed, roster.aggregator.key)
+    if close.charter != roster.charter:
+        raise _wrong("the close names a charter that is not pinned here")
+    return close
 
 
 def check_certificate(checked: CheckedManifest, blob: bytes) -> Cohort:

@@ -23,6 +23,11 @@ def with_digest(chunk: memoryview) -> tuple[bytes, bytes]:
     return bytes(chunk), chunk_digest(chunk)
 
 
+def digest_alone(chunk: memoryview) -> tuple[bytes, bytes]:
+    """As `with_digest`, where nobody needs the chunk itself."""
+    return b"", chunk_digest(chunk)
+
+
 def vector_digest(total_bytes: int, chunk_digests: Iterable[bytes]) -> bytes:
     """The digest of a vector of `total_bytes` whose chunks have `chunk_digests`, in order.
 
