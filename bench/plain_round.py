@@ -2,8 +2,9 @@
 
 One server that adds fp32 updates into one float array as they come and publishes the next model; clients that
 fetch the model, check its SHA-256 and send their update in chunks. Same protos, certificates, interceptor, limits
-and chunk size as the secure round; no masks, no signatures, no log, nothing on the disk. Everything a client sends
-is readable by the server.
+and chunk size as the secure round; no masks, no signatures, no log. Nothing is on the disk, or, `durable`, what a
+server needs that must not lose a round when it is killed: each update before it is acknowledged, each model before it
+is announced. Everything a client sends is readable by the server.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from services.common.rpc.leaf import LeafFiles
 from services.common.rpc.members import Members
 from services.common.rpc.server import serve
 from services.common.secagg.ring import CHUNK_BYTES
+from services.common.store.blobs import BlobStore
 from wardround.model.v1 import model_pb2, model_pb2_grpc
 from wardround.round.v1 import round_pb2, round_pb2_grpc
 from wardround.submission.v1 import submission_pb2, submission_pb2_grpc
@@ -46,8 +48,8 @@ class PlainServer(
 ):
     """The model, the running sum and who is there. Round 1 opens when `clients` watch; ends after `rounds`."""
 
-    def __init__(self, clients: int, parameters: int, rounds: int, times: Path) -> None:
-        self._clients, self._rounds, self._times = clients, rounds, times
+    def __init__(self, clients: int, parameters: int, rounds: int, times: Path, kept: BlobStore | None) -> None:
+        self._clients, self._rounds, self._times, self._kept = clients, rounds, times, kept
         self._lock = threading.Lock()
         self._model = np.zeros(parameters, np.float32)
         self._sum = np.zeros(parameters, np.float32)
@@ -56,6 +58,7 @@ class PlainServer(
         self._opened = 0.0
         self._seconds: list[float] = []
         self._came: set[str] = set()
+        self._updates: list[bytes] = []
         self._feeds: list[Feed[round_pb2.WatchRoundsResponse]] = []
 
     def WatchRounds(  # noqa: N802  # gRPC's names
@@ -82,17 +85,27 @@ class PlainServer(
     ) -> submission_pb2.SubmitUpdateResponse:
         """Add the chunks; the last client's end makes the next model."""
         next(request_iterator)  # the opening message
+        if self._kept is not None:
+            update = self._kept.write(self._added(request_iterator))
+        else:
+            for _ in self._added(request_iterator):
+                pass
+        with self._lock:
+            self._came.add(peer(context).id)
+            if self._kept is not None:
+                self._updates.append(update)
+            if len(self._came) == self._clients:
+                self._close()
+        return submission_pb2.SubmitUpdateResponse()
+
+    def _added(self, parts: Iterator[submission_pb2.SubmitUpdateRequest]) -> Iterator[bytes]:
         per_chunk = CHUNK_BYTES // 4
-        for part in request_iterator:
+        for part in parts:
             numbers = np.frombuffer(part.chunk.data, "<f4")
             place = self._sum[part.chunk.index * per_chunk :][: len(numbers)]
             with self._lock:
                 np.add(place, numbers, out=place)
-        with self._lock:
-            self._came.add(peer(context).id)
-            if len(self._came) == self._clients:
-                self._close()
-        return submission_pb2.SubmitUpdateResponse()
+            yield part.chunk.data
 
     def _open(self) -> None:
         self._round += 1
@@ -102,7 +115,12 @@ class PlainServer(
     def _close(self) -> None:
         """Server step: the next model is ready when its digest is known. The round ends there."""
         self._model = self._model + self._sum / np.float32(self._clients)
-        self._digest = hashlib.sha256(self._model.data).digest()
+        if self._kept is None:
+            self._digest = hashlib.sha256(self._model.data).digest()
+        else:
+            before, self._digest = self._digest, self._kept.write([self._model.tobytes()])
+            self._kept.delete(before, *self._updates)
+            self._updates.clear()
         self._seconds.append(time.perf_counter() - self._opened)
         self._sum[:] = 0
         self._came.clear()
@@ -125,7 +143,8 @@ def run_server(config: dict[str, Any], ended: threading.Event) -> None:
     charter = load_charter(Path(config["charter"]).read_bytes())
     members = Members.of([charter.document])
     state.mkdir(parents=True, exist_ok=True)
-    plain = PlainServer(config["clients"], config["parameters"], config["rounds"], state / "times.json")
+    kept = BlobStore(state / "kept") if config["durable"] else None
+    plain = PlainServer(config["clients"], config["parameters"], config["rounds"], state / "times.json", kept)
     running = serve(
         [
             (round_pb2_grpc.add_RoundCoordinationServiceServicer_to_server, plain),

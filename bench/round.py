@@ -2,9 +2,11 @@
 
 Real processes over mTLS on this machine, one federation for each row: `secure` is the aggregator, the pods and the
 hospitals as they are deployed, with training left out (round_hospital.py); `plain` is one server and n clients over
-the same gRPC stack (plain_round.py). A round lasts from its opening to the next model being published, by the
-server's clock: in secure mode to the next `Opened` (or `Finished`) of the event log. The first round warms up and is
-discarded. All sites share this machine's cores, so times add up what different machines would do side by side.
+the same gRPC stack (plain_round.py) that keeps nothing on the disk, `plain-durable` the same with every update and
+model on the disk before it counts, as any server must that may be killed. A round lasts from its opening to the next
+model being published, by the server's clock: in secure mode to the next `Opened` (or `Finished`) of the event log. The
+first round warms up and is discarded. All sites share this machine's cores, so times add up what different machines
+would do side by side.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -147,9 +150,10 @@ def from_log(log: list[f.Fact], warm: int = 1) -> dict[str, Any]:
     }
 
 
-def plain(laid: Federation, n: int, d: int, told: Told) -> dict[str, Any]:
+def plain(laid: Federation, n: int, d: int, told: Told, durable: bool = False) -> dict[str, Any]:
     """The figures of plain FedAvg among the same sites, with the same certificates."""
     common = {"charter": str(laid.root / "charter.yaml"), "clients": n, "parameters": d, "rounds": ROUNDS}
+    common["durable"] = durable
     state = laid.aggregator.state
 
     def process(site: federation.Site, role: str, **more: str) -> Service:
@@ -250,9 +254,9 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console) as bar:
-            job = bar.add_task("rounds", total=2 * ROUNDS * len(cases))
+            job = bar.add_task("rounds", total=len(MODES) * ROUNDS * len(cases))
             for count, (n, d, mode, measure) in enumerate(
-                (n, d, mode, measure) for n, d in cases for mode, measure in (("plain", plain), ("secure", secure))
+                (n, d, mode, measure) for n, d in cases for mode, measure in MODES.items()
             ):
                 bar.update(job, description=f"{mode} n={n} d={d:,}")
                 laid = lay_out(SCRATCH / f"{mode}-{n}-{d}", n, d)
@@ -265,6 +269,13 @@ def main() -> None:
     show(console, report)
 
 
+MODES: dict[str, Callable[[Federation, int, int, Told], dict[str, Any]]] = {
+    "plain": plain,
+    "plain-durable": partial(plain, durable=True),
+    "secure": secure,
+}
+
+
 def show(console: Any, report: dict[str, Any]) -> None:
     """Secure beside plain, then where the secure round's time goes."""
     from rich.table import Table
@@ -272,21 +283,23 @@ def show(console: Any, report: dict[str, Any]) -> None:
     rows = {(row["mode"], row["n"], row["d"]): row for row in report["rows"]}
     table = Table(title=f"One round, committee ({PODS},{THRESHOLD}), 32-bit ring", caption=str(report["machine"]))
     steps = Table(title="Where the secure round's time goes, seconds (medians)")
-    for name in ("n", "d", "plain s", "secure s", "ratio", "plain peak MiB", "secure peak MiB"):
+    for name in ("n", "d", "plain s", "durable s", "secure s", "ratio", "plain peak MiB", "secure peak MiB"):
         table.add_column(name, justify="right")
     for name in ("n", "d", *STEPS):
         steps.add_column(name, justify="right")
     for (mode, n, d), row in rows.items():
         if mode != "secure":
             continue
-        base = rows["plain", n, d]
+        base, durable = rows["plain", n, d], rows["plain-durable", n, d]["seconds_median"]
         ratio = row["seconds_median"] / base["seconds_median"]
+        less = row["seconds_median"] / durable
         memory = [
             ", ".join(f"{role} {peak:.0f}" for role, peak in each["peak_rss_mib"].items()) for each in (base, row)
         ]
         table.add_row(
-            str(n), f"{d:,}", f"{base['seconds_median']:.3f}", f"{row['seconds_median']:.3f}", f"{ratio:.2f}", *memory
-        )
+            str(n), f"{d:,}", f"{base['seconds_median']:.3f}", f"{durable:.3f}", f"{row['seconds_median']:.3f}",
+            f"{ratio:.2f} / {less:.2f}", *memory,
+        )  # fmt: skip
         steps.add_row(str(n), f"{d:,}", *(f"{row['steps'][name]:.3f}" for name in STEPS))
     console.print(table)
     console.print(steps)
