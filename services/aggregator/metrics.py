@@ -73,7 +73,7 @@ QUALITY = Gauge("wardround_model_quality", "Newest released figure of the study 
 MODEL_VERSION = Gauge("wardround_model_version", "Version of the model that the next round starts from")
 PLAN_REFUSED = Gauge("wardround_plan_refused", "1 while the plan on disk is refused and an older one is served")
 
-_DECLINE_REASONS = (Reason.POLICY_REFUSES, Reason.BUDGET_EXHAUSTED)
+_DECLINE_REASONS = (Reason.POLICY_REFUSES, Reason.BUDGET_EXHAUSTED, Reason.INTERNAL)
 _shown: list[str] = []  # the study that the gauges are about
 
 for _phase in Phase:

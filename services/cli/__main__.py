@@ -12,6 +12,7 @@ from services.cli import (
     data,
     demo,
     gather,
+    hospital,
     ledger,
     model,
     policy,
@@ -35,6 +36,7 @@ app.add_typer(site.app, name="site")
 app.add_typer(charter.app, name="charter")
 app.add_typer(study.app, name="study")
 app.add_typer(policy.app, name="policy")
+app.add_typer(hospital.app, name="hospital")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")

@@ -25,12 +25,14 @@ from services.common.secagg.signing import Signer
 from services.common.store.blobs import BlobStore
 from services.hospital_node import metrics
 from services.hospital_node.admin import StatusBoard, evidence
+from services.hospital_node.alarms import Alarms
 from services.hospital_node.client import AggregatorClient
 from services.hospital_node.config import HospitalConfig, SiteDocuments, load_config
 from services.hospital_node.node import Node
 from services.hospital_node.participate import Participation
 from services.hospital_node.ports import Progress, Trainer
 from services.hospital_node.store import Store
+from wardround.admin.v1.admin_pb2_grpc import add_AlarmServiceServicer_to_server
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,12 +110,14 @@ def run(
     for entry in documents.policy().document.studies:  # known and alerted on, whether or not the aggregator is there
         study = bytes.fromhex(entry.sha256)
         metrics.show_figures(study, participation.privacy(study))
+    metrics.halted(bool(store.alarms()))
     node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.stop())
     administration = Administration(board.status, lambda study: evidence(store, participation.ledger, study))
     try:
-        with reachable(config, Role.HOSPITAL, health, administration, clock):
+        alarms = (add_AlarmServiceServicer_to_server, Alarms(store, clock, node.look_again))
+        with reachable(config, Role.HOSPITAL, health, administration, clock, [alarms]):
             health.set("store", True, "ledger verified")
             health.set("loop", True, "connection loop up")
             health.start()

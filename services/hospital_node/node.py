@@ -89,7 +89,7 @@ class Node:
         self._latest = Latest()
         self._watched: tuple[bytes, ...] = ()  # the charters that the aggregator was told of
         self._watch = Watch(self._begin, self._heard, self._stop, metrics.connected)
-        self._refused: tuple[RoundState, bytes] | None = None
+        self._refused: tuple[RoundState, bytes, int] | None = None
         self._counted: tuple[tuple[bytes, int], Reason] | None = None
         self._declined: set[tuple[bytes, int]] = set()
         self._failed: set[tuple[bytes, int]] = set()
@@ -99,6 +99,10 @@ class Node:
         self._stop.set()
         self._latest.wake()
 
+    def look_again(self) -> None:
+        """What this hospital's own people decided has changed: what was refused may be allowed now. From any thread."""
+        self._latest.wake()
+
     def run(self) -> None:
         """Work until `stop` is called; every refusal and fault is handled here."""
         self._watch.start()
@@ -106,12 +110,15 @@ class Node:
         while not self._stop.is_set():
             version, state = self._latest.get()
             pause = _TICK
+            decided: tuple[bytes, int] = (b"", 0)
             try:
+                decided = self._decided()  # before the work: what is decided during it is looked at afterwards
                 charters = tuple(self._consents.charters())
                 if self._watched not in ((), charters):  # P-26: tell the aggregator which are pinned now
                     self._watch.redial()
                 metrics.unpinned(state is not None and bool(state.study) and state.charter not in charters)
-                if state is not None and self._is_news(state):
+                metrics.halted(state is not None and self._participation.store.halted(state.study) is not None)
+                if state is not None and self._is_news(state, decided):
                     self._participation.advance(state, partial(self._is_over, state))
                 wait = _FIRST_WAIT
             except ServiceError as error:
@@ -121,11 +128,11 @@ class Node:
                 elif state is None:
                     self._say("refused", error)
                 else:
-                    self._refuse(state, error)
+                    self._refuse(state, decided, error)
             except Exception:
                 _log.exception("a fault of this program: the round is left alone until the aggregator's state changes")
                 if state is not None:
-                    self._refuse(state, ServiceError(Reason.INTERNAL, "a fault of this program; see the log"))
+                    self._refuse(state, decided, ServiceError(Reason.INTERNAL, "a fault of this program; see the log"))
             self._latest.wait(version, pause)
         self._client.close()
         self._watch.join()
@@ -137,17 +144,21 @@ class Node:
         self._watched = tuple(self._consents.charters())
         return self._client.watch(self._watched)
 
-    def _is_news(self, state: RoundState) -> bool:
+    def _is_news(self, state: RoundState, decided: tuple[bytes, int]) -> bool:
         if (state.study, state.round) in self._failed:
             return False
-        return self._refused != (state, self._policy_digest())
+        return self._refused != (state, *decided)
 
-    def _policy_digest(self) -> bytes:
-        """Of the policy on the disk; empty while it cannot be used, so that a mended one is news."""
+    def _decided(self) -> tuple[bytes, int]:
+        """What the hospital's own people decide: the policy's digest, and how many alarms they acknowledged.
+
+        The digest is empty while the policy on the disk cannot be used, so that a mended one is news.
+        """
+        acknowledgements = self._participation.store.acknowledgements()
         try:
-            return self._consents.policy().digest
+            return self._consents.policy().digest, acknowledgements
         except ServiceError:
-            return b""
+            return b"", acknowledgements
 
     def _is_over(self, state: RoundState) -> bool:
         """Whether work on the round of `state` has lost its purpose."""
@@ -159,24 +170,32 @@ class Node:
         )
         return other or self._stop.is_set()
 
-    def _refuse(self, state: RoundState, error: ServiceError) -> None:
+    def _refuse(self, state: RoundState, decided: tuple[bytes, int], error: ServiceError) -> None:
         """Say why, once; tell the aggregator only what cannot depend on patients' data (P-6)."""
         place = (state.study, state.round)
-        self._refused = (state, self._policy_digest())
+        self._refused = (state, *decided)
         if (place, error.reason) != self._counted:
             self._counted = place, error.reason
             metrics.refused(error.reason)
         metrics.halted(self._participation.store.halted(state.study) is not None)
+        # While it works on images a fault may follow from them, and its moment tells how many were drawn.
+        at_images = self._participation.progress.phase == "training"
         self._say("refused", error)
         if error.reason in metrics.DATA_REASONS:
             # A new draw on the same images would fail again, and its absence again: this round is left.
             self._failed.add(place)
-        elif error.reason in _DECLINED and place not in self._declined:
-            try:
-                self._client.decline(state.study, state.round, error.reason)
-                self._declined.add(place)
-            except ServiceError as unsaid:
-                _log.warning("the aggregator could not be told: %s", unsaid.detail)
+        elif (error.reason in _DECLINED or (error.reason is Reason.INTERNAL and not at_images)) and (
+            place not in self._declined
+        ):
+            self._decline(state, error.reason)
+
+    def _decline(self, state: RoundState, reason: Reason) -> None:
+        """Let the aggregator not wait until the deadline."""
+        try:
+            self._client.decline(state.study, state.round, reason)
+            self._declined.add((state.study, state.round))
+        except ServiceError as unsaid:
+            _log.warning("the aggregator could not be told: %s", unsaid.detail)
 
     def _say(self, phase: str, error: ServiceError) -> None:
         _log.warning("%s: %s", phase, error.detail, extra={"reason": error.reason.value})

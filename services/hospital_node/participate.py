@@ -365,6 +365,7 @@ class Participation:
     def _refuse_halted(self, study: bytes) -> None:
         detail = self.store.halted(study)
         if detail is not None:
+            self.progress.figures |= self.privacy(study)
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
 
     def privacy(self, study: bytes) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """After a round: the chain of signed results, and whether this hospital was counted as it should be.
 
 protocol.md §4 step 10 and privacy.md L-3: in the cohort without having submitted that very header, or a cohort
-that no valid certificate covers → alarm, the study stops here. Submitted, receipt held, left out → kept as evidence.
+that no valid certificate covers → alarm, the study stops here until a person acknowledges that very result.
+Submitted, receipt held, left out → kept as evidence.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from services.common.secagg.messages import OUTCOME_REJECTED, ZERO_DIGEST, Resul
 from services.common.secagg.roster import Roster
 from services.hospital_node.client import ResultAnswer
 from services.hospital_node.ledger import Ledger
-from services.hospital_node.store import Chain, Store
+from services.hospital_node.store import Alarm, Chain, Store
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +55,26 @@ def follow_results(
         try:
             left_out = _membership(store, hospital, checked, result, answer.certificate)
         except ServiceError as error:
-            with store.database.transaction() as connection:
-                ledger.expose(connection, study.digest.hex(), result.round, error.detail)
-                store.halt(study.digest, error.reason, error.detail)
-            _log.critical("alarm: %s", error.detail)
-            raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {error.detail}") from None
+            alarm = Alarm(study.digest, result.round, end, error.detail)
+            if not _acknowledged(store, ledger, alarm, error.reason):
+                raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {error.detail}") from None
+            left_out = None
         chain = Chain(result.round, end, result.model, result.version)
         store.advance_chain(study.digest, chain, left_out)
+
+
+def _acknowledged(store: Store, ledger: Ledger, alarm: Alarm, reason: Reason) -> bool:
+    """Expose the round (L-3); True when a person has let the study go on past this very result, else it is stopped."""
+    known = store.acknowledged(alarm.study, alarm.round, alarm.result)
+    with store.database.transaction() as connection:
+        ledger.expose(connection, alarm.study.hex(), alarm.round, alarm.detail)
+        if not known:
+            store.halt(alarm, reason)
+    if known:
+        _log.warning("passed over, as acknowledged here: %s", alarm.detail)
+    else:
+        _log.critical("alarm: %s", alarm.detail)
+    return known
 
 
 def _membership(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import Reason
+from services.common.errors import Reason, ServiceError
 from services.common.secagg.blob import data, decode, encode, many
 from services.common.secagg.messages import MAX_PODS, ZERO_DIGEST, Receipt, Signed
 from services.common.store.blobs import BlobStore
@@ -38,7 +38,13 @@ CREATE TABLE left_out (
     study BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, certificate BLOB NOT NULL,
     PRIMARY KEY (study, round, attempt)
 ) STRICT;
-CREATE TABLE halts (study BLOB PRIMARY KEY, reason TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
+CREATE TABLE halts (
+    study BLOB PRIMARY KEY, round INTEGER NOT NULL, result BLOB NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL
+) STRICT;
+CREATE TABLE acknowledged (
+    study BLOB NOT NULL, round INTEGER NOT NULL, result BLOB NOT NULL, detail TEXT NOT NULL, at_ms INTEGER NOT NULL,
+    PRIMARY KEY (study, round, result)
+) STRICT;
 """
 DATABASE = "hospital.sqlite"
 MIGRATIONS = (ledger.SCHEMA, SCHEMA)
@@ -94,6 +100,16 @@ class Chain:
     digest: bytes
     model: bytes
     version: int
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What stopped a study here: the result of a round, by digest, and why it cannot be followed."""
+
+    study: bytes
+    round: int
+    result: bytes
+    detail: str
 
 
 class Store:
@@ -232,15 +248,48 @@ class Store:
         rows = self.database.query("SELECT round, attempt, certificate FROM left_out ORDER BY study, round, attempt")
         return [(row[0], row[1], row[2]) for row in rows]
 
-    def halt(self, study: bytes, reason: Reason, detail: str) -> None:
-        """Stop a study here for good: an alarm that only people can clear."""
+    def halt(self, alarm: Alarm, reason: Reason) -> None:
+        """Stop a study here for good: only a person's word clears it (`acknowledge`). The first alarm stays."""
         with self.database.transaction() as connection:
-            connection.execute("INSERT OR IGNORE INTO halts VALUES (?, ?, ?)", (study, reason.value, detail))
+            connection.execute(
+                "INSERT OR IGNORE INTO halts VALUES (?, ?, ?, ?, ?)",
+                (alarm.study, alarm.round, alarm.result, reason.value, alarm.detail),
+            )
+
+    def alarms(self) -> tuple[Alarm, ...]:
+        """The alarm of every study that is stopped here."""
+        return tuple(Alarm(*row) for row in self.database.query("SELECT study, round, result, detail FROM halts"))
 
     def halted(self, study: bytes) -> str | None:
         """Why a study is stopped here, or None."""
-        rows = self.database.query("SELECT detail FROM halts WHERE study = ?", (study,))
-        return str(rows[0][0]) if rows else None
+        return next((alarm.detail for alarm in self.alarms() if alarm.study == study), None)
+
+    def acknowledge(self, study: bytes, round_number: int, result: bytes, at_ms: int) -> None:
+        """Let a study go on past the result that stopped it, and past no other. Raises NOT_FOUND, CONFLICT."""
+        with self.database.transaction() as connection:
+            alarm = next((alarm for alarm in self.alarms() if alarm.study == study), None)
+            if alarm is None:
+                raise ServiceError(Reason.NOT_FOUND, f"study {study.hex()[:12]}… is not stopped here")
+            if (alarm.round, alarm.result) != (round_number, result):
+                raise ServiceError(
+                    Reason.CONFLICT,
+                    f"study {study.hex()[:12]}… was stopped by round {alarm.round}, result {alarm.result.hex()[:12]}, "
+                    "not by what is acknowledged: look at the alarm again",
+                )
+            connection.execute(
+                "INSERT INTO acknowledged VALUES (?, ?, ?, ?, ?)", (study, round_number, result, alarm.detail, at_ms)
+            )
+            connection.execute("DELETE FROM halts WHERE study = ?", (study,))
+
+    def acknowledged(self, study: bytes, round_number: int, result: bytes) -> bool:
+        """Whether a person has let the study go on past this very result."""
+        key = (study, round_number, result)
+        sql = "SELECT 1 FROM acknowledged WHERE study = ? AND round = ? AND result = ?"
+        return bool(self.database.query(sql, key))
+
+    def acknowledgements(self) -> int:
+        """How often that was done here: grows with each."""
+        return int(self.database.query("SELECT count(*) FROM acknowledged")[0][0])
 
 
 @dataclass(frozen=True)

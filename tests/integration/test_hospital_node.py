@@ -95,6 +95,31 @@ def test_p6_failed_training_is_silent(world: World, aggregator: FakeAggregator, 
     assert metrics._REFUSALS.labels(Reason.NOT_FINITE.value)._value.get() == before
 
 
+@pytest.mark.parametrize("step", ["model-fetched", "trained", "masked", "debited"])
+def test_a_fault_of_the_program_declines_the_round_unless_it_may_follow_from_images(
+    world: World, aggregator: FakeAggregator, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    """The aggregator need not wait for the deadline; P-6: of work on images it is told nothing, and when neither."""
+    site = Site(world, aggregator, tmp_path / "alice", aggregator.address)
+
+    def broken(name: str) -> None:
+        if name == step:
+            raise ZeroDivisionError("a fault planted at " + step)
+
+    site.reopen(checkpoint=broken)
+    aggregator.open_round(1)
+    aggregator.collect()
+    with Loop(site) as loop:
+        if step == "trained":
+            aggregator.wait(lambda: "refused" in loop.phases, 60)
+        else:
+            aggregator.wait(lambda: aggregator.declined == [(1, "INTERNAL")], 60)
+    assert aggregator.declined == ([] if step == "trained" else [(1, "INTERNAL")])
+    assert aggregator.submissions() == []
+    (fault,) = [record for record in caplog.records if record.exc_info]
+    assert "a fault planted at " + step in str(fault.exc_info and fault.exc_info[1])
+
+
 def test_p6_what_leaves_beside_y_does_not_depend_on_the_data(
     world: World, aggregator: FakeAggregator, tmp_path: Path
 ) -> None:

@@ -32,5 +32,7 @@ AUTHORITY: dict[str, frozenset[Role]] = {
     "/wardround.admin.v1.AdministrationService/WatchStatus": _OPERATORS,
     "/wardround.admin.v1.AdministrationService/ExportEvidence": _OPERATORS,
     "/wardround.admin.v1.PlanService/PushModel": _OPERATORS,
+    "/wardround.admin.v1.AlarmService/ListAlarms": _OPERATORS,
+    "/wardround.admin.v1.AlarmService/AcknowledgeAlarm": _OPERATORS,
 }
 """Full method name to the roles that may call it. Operators: only those of the serving site itself."""

@@ -1,6 +1,6 @@
 """What a hospital and a pod have in common as processes: they dial one aggregator and are looked at from nearby."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from services.common.clock import Clock
@@ -13,6 +13,7 @@ from services.common.rpc.administration import Administration
 from services.common.rpc.certificates import server_name
 from services.common.rpc.channel import Caller, dial
 from services.common.rpc.leaf import LeafFiles, check_own_leaf
+from services.common.rpc.server import Servicer
 from services.common.rpc.unix import serve_admin
 from wardround.admin.v1.admin_pb2_grpc import add_AdministrationServiceServicer_to_server
 
@@ -34,16 +35,21 @@ def open_caller(config: DialingConfig, role: Role, charter: LoadedCharter, clock
 
 @contextmanager
 def reachable(
-    config: DialingConfig, role: Role, health: Health, administration: Administration, clock: Clock
+    config: DialingConfig,
+    role: Role,
+    health: Health,
+    administration: Administration,
+    clock: Clock,
+    more: Sequence[Servicer] = (),
 ) -> Iterator[None]:
     """Inside the block probes and metrics are served, and the administration's socket is. Raises UNREACHABLE.
 
-    The condition `certificate` of `health` follows the leaf.
+    `more` is what only this role has on that socket. The condition `certificate` of `health` follows the leaf.
     """
     announce(role.value, config.id, config.tls.certificate)
     health.look("certificate", lambda: certificate_now(config.tls.certificate, clock.now_ms()))
     http = serve_http(config.http, health, config.state / "http.address")
-    servicers = [(add_AdministrationServiceServicer_to_server, administration)]
+    servicers = [(add_AdministrationServiceServicer_to_server, administration), *more]
     try:
         admin = serve_admin(servicers, config.admin_socket, _ADMIN_WORKERS)
         try:
