@@ -346,11 +346,11 @@ def _work() -> list[object]:
             Look(
                 (8, 44, 4, 3),
                 "Plan",
-                "Whether the plan that was rolled out last is the one that is served.",
+                "Whether the plan that was rolled out last is served, is refused, or waits for its first model.",
                 "none",
-                words={0: ("accepted", GREEN), 1: ("refused", RED)},
+                words={0: ("accepted", GREEN), 1: ("refused", RED), 2: ("waits for its model", ORANGE)},
             ),
-            Query(of("plan_refused")),
+            Query(f"{of('plan_refused')} == 1 or 2 * {of('plan_waits_for_model')}"),
         ),
         number(
             Look(

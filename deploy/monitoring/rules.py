@@ -112,6 +112,13 @@ AGGREGATOR = (
         "1m",
     ),
     Rule(
+        "WardroundPlanWaits",
+        "warning",
+        "{{ $labels.job }}: the plan's study waits for its first model, which an operator must push.",
+        "wardround_plan_waits_for_model == 1",
+        "5m",
+    ),
+    Rule(
         "WardroundConflictingSubmission",
         "critical",
         "{{ $labels.job }}: a hospital submitted two different updates for one attempt.",

@@ -72,6 +72,7 @@ GATE = Counter("wardround_gate_verdicts_total", "Verdicts on models", ["verdict"
 QUALITY = Gauge("wardround_model_quality", "Newest released figure of the study in force", ["study", "figure"])
 MODEL_VERSION = Gauge("wardround_model_version", "Version of the model that the next round starts from")
 PLAN_REFUSED = Gauge("wardround_plan_refused", "1 while the plan on disk is refused and an older one is served")
+PLAN_WAITS = Gauge("wardround_plan_waits_for_model", "1 while the model that the plan's study begins with is not here")
 
 _DECLINE_REASONS = (Reason.POLICY_REFUSES, Reason.BUDGET_EXHAUSTED, Reason.INTERNAL)
 _shown: list[str] = []  # the study that the gauges are about

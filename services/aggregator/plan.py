@@ -72,7 +72,9 @@ class Plans:
                 return self._refused(error, before)
             metrics.PLAN_REFUSED.set(0)
             self._pending, note = None, ""
-            if not self._store.blobs.has(plan.initial):
+            waits = not self._store.blobs.has(plan.initial)
+            metrics.PLAN_WAITS.set(waits)
+            if waits:
                 note = f"study {plan.study.document.name} is {waiting_for(plan.initial)}"
                 if before is not None and before.study.digest != plan.study.digest:
                     self._pending = plan.study
@@ -130,6 +132,7 @@ class Plans:
         if before is None:
             raise ServiceError(error.reason, f"there is no plan to serve: {error.detail}")
         self._pending = None
+        metrics.PLAN_WAITS.set(not self._store.blobs.has(before.initial))
         self._say(f"the plan is refused, {before.study.document.name} is served on: {error.detail}")
         return before
 

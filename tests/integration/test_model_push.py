@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from services.aggregator.config import load_config
 from services.aggregator.service import CONDITIONS, Aggregator
@@ -75,6 +76,7 @@ def test_a_first_plan_waits_for_its_model_and_goes_on_by_itself(
         ready, text = health.ready()
         assert ready, "readiness waits for no operator"
         assert f"waiting for the model {digest}: run wardround model push" in text
+        assert REGISTRY.get_sample_value("wardround_plan_waits_for_model") == 1
         keys = tmp_path / "olga"
         keys.mkdir()
         leaf = world.leaf(Role.OPERATOR, "olga", CENTRE)
@@ -85,6 +87,7 @@ def test_a_first_plan_waits_for_its_model_and_goes_on_by_itself(
         assert "is here" in capsys.readouterr().out
         whole.hospitals["alice"].wait_for(over(1))
         assert "note plan" not in health.ready()[1]
+        assert REGISTRY.get_sample_value("wardround_plan_waits_for_model") == 0
         assert main([*words, "--charter", str(tmp_path / "charter.yaml")]) == 0, "again is no harm"
         assert "was here already" in capsys.readouterr().out
 
