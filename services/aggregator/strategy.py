@@ -1,8 +1,9 @@
 """Server steps: from the sum of a round to the next model, as functions over one block (privacy.md §5).
 
-All of it is post-processing of a sum that carries its noise, so none of it costs privacy. `fedavg` moves by the mean of
-updates; `sgd` and `adam` step along the sum of clipped gradients divided by the study's constant D. What they keep
-between rounds, `slots` float64 numbers for each parameter and a few `Scalars`, lies beside the model (modelfile.py).
+All of it is post-processing of a sum that carries its noise, so none of it costs privacy. `fedavg`, `fedavgm`,
+`fedadam` and `fedyogi` move by the mean of updates; `sgd` and `adam` step along the sum of clipped gradients divided by
+the study's constant D. What they keep between rounds, `slots` float64 numbers for each parameter and a few `Scalars`,
+lies beside the model (modelfile.py).
 Only operations that IEEE 754 rounds correctly: `verify` makes the same bytes on another machine.
 """
 
@@ -68,6 +69,10 @@ def server_step(study: Study, number: int, members: int, fraction_bits: int, bef
     match server.strategy:
         case "fedavg":
             rule = fedavg(server.learning_rate, members)
+        case "fedavgm":
+            rule, slots = fedavgm(server.learning_rate, server.momentum, members), 1
+        case "fedadam" | "fedyogi":
+            rule, slots = adaptive(server, members, first=steps == 1), 2
         case "sgd":
             rule, slots = sgd(server.learning_rate, server.momentum, study.privacy.expected_batch), 1
         case "adam":
@@ -94,6 +99,45 @@ def fedavg(learning_rate: float, members: int) -> Rule:
 
     def rule(weights: F64, kept: F64, total: F64) -> F64:
         weights += total * (learning_rate / members)
+        return weights
+
+    return rule
+
+
+def fedavgm(learning_rate: float, momentum: float, members: int) -> Rule:
+    """v ← momentum·v + Σ/|U|; weights + learning_rate·v (Hsu 2019, arXiv:1909.06335; the paper's rate is 1)."""
+
+    def rule(weights: F64, kept: F64, total: F64) -> F64:
+        velocity: F64 = kept[0]
+        velocity *= momentum
+        velocity += total / members
+        weights += learning_rate * velocity
+        return weights
+
+    return rule
+
+
+def adaptive(server: ServerSection, members: int, *, first: bool) -> Rule:
+    """FedAdam or FedYogi of the mean update (Reddi 2021, arXiv:2003.00295, Algorithm 2), without bias correction.
+
+    `first`: nothing is kept yet; the second moment begins at τ², the least that the paper allows.
+    """
+    one, two, tau = server.momentum, server.second_moment, server.adaptivity
+    yogi = server.strategy == "fedyogi"
+
+    def rule(weights: F64, kept: F64, total: F64) -> F64:
+        update, mean, square = total / members, kept[0], kept[1]
+        if first:
+            square[:] = tau * tau
+        mean *= one
+        mean += (1 - one) * update
+        latest = update * update
+        if yogi:
+            square -= (1 - two) * latest * np.sign(square - latest)
+        else:
+            square *= two
+            square += (1 - two) * latest
+        weights += server.learning_rate * mean / (np.sqrt(square) + tau)
         return weights
 
     return rule

@@ -24,7 +24,7 @@ from services.cli.federation import Federation
 from services.cli.live import SiteView, Snapshot, View, snapshot_of
 from services.cli.processes import Service, stop_all, wait_for_file
 from services.cli.run import load_run, write_sums
-from services.cli.study import Mechanism
+from services.cli.study import Mechanism, ServerStrategy
 from services.common.documents.study import BackboneSection, CohortSection
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role, check_id
@@ -74,6 +74,10 @@ def demo(  # what a person may choose; each has a default that works
     mechanism: Annotated[
         Mechanism, typer.Option(help="local: DP-SGD at each hospital; shared: one noise for all; none: no protection")
     ] = Mechanism.local,
+    strategy: Annotated[
+        ServerStrategy | None,
+        typer.Option(help="the server step (docs/strategies.md); default: fedavg, and sgd under shared"),
+    ] = None,
     epsilon: Annotated[float, typer.Option(min=0.01, help="ε of the whole study, evaluations included")] = 8.0,
     model: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
     image_size: Annotated[int | None, typer.Option(help="pixels of a side; default: tuned for the model")] = None,
@@ -111,6 +115,7 @@ def demo(  # what a person may choose; each has a default that works
         synthetic_data=data is None,
         quick_deadline=kill_one,
         cohort=None if cohort is None else _pair(cohort, "--cohort", "smallest cohort and colluding, such as 3,1"),
+        strategy=None if strategy is None else strategy.value,
     )
     what = "synthetic images (drawn, not photographed)" if data is None else f"real images from {data}"
     title = f"Wardround demo · {len(folders)} hospitals, {pods} key-share pods · {what}"
@@ -143,11 +148,13 @@ def lay_out(
     synthetic_data: bool,
     quick_deadline: bool = False,
     cohort: tuple[int, int] | None = None,
+    strategy: str | None = None,
 ) -> Federation:
     """All files of a federation: sites, charter, v0, study, policies, configs.
 
     `quick_deadline`: a round waits 25 s for the missing, not longer. `cohort`: (n_min, k); None: one hospital may be
-    missing under `shared`, three are enough else, and one may collude. Raises INVALID_DOCUMENT and the like.
+    missing under `shared`, three are enough else, and one may collude. `strategy` None: what suits the mechanism.
+    Raises INVALID_DOCUMENT and the like.
     """
     settings = demo_study.settings_of(model, synthetic=synthetic_data)
     if quick_deadline:
@@ -170,6 +177,7 @@ def lay_out(
         delta=1e-5,
         patients={name: max(10, int(0.07 * _patients(folder)) * 10) for name, folder in folders.items()},
         cohort=CohortSection(minimum=minimum, colluding_hospitals=colluding),
+        strategy=strategy,
     )
     laid = federation.write_study(output, sites, charter, study)
     federation.write_configs(laid, folders, through_round=rounds + 1, threads=1)

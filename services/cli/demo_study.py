@@ -74,8 +74,11 @@ def draft(
     delta: float,
     patients: Mapping[str, int],
     cohort: CohortSection,
+    strategy: str | None = None,
 ) -> Study:
     """The demo's study. `patients`: the published number of training patients of each site, a rounded figure.
+
+    `strategy` None: what suits the mechanism.
 
     Raises OUT_OF_BOUND where no noise gives `epsilon`.
     """
@@ -112,7 +115,7 @@ def draft(
         encoding=EncodingSection(update_clip=50.0, update_bound=4.0),
         evaluation=evaluation_section(mechanism, epsilon, delta, gate_rounds(rounds) if shared else _each(rounds)),
         gate=GateSection(largest_drop=0.3),
-        server=server_section(mechanism, settings.server_rate, 0.9, rounds),
+        server=server_section(mechanism, settings.server_rate, 0.9, rounds, strategy),
         cohort=cohort,
         timing=TimingSection(
             train_seconds=train_seconds,

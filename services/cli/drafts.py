@@ -28,13 +28,21 @@ from services.common.errors import Reason, ServiceError
 _FINEST_BITS = 24  # beyond it rounding costs nothing that could be measured
 _GATES = 3
 _UNKNOWN = "0" * 64
+_STRATEGY_FIELDS = {  # to begin with; what they were tuned to on four sites is in docs/results.md
+    "fedavg": {},
+    "fedavgm": {"learning_rate": 0.3, "momentum": 0.9},
+    "fedadam": {"learning_rate": 0.03, "momentum": 0.9},
+    "fedyogi": {"learning_rate": 0.03, "momentum": 0.9},
+    "adam": {"learning_rate": 0.03, "momentum": 0.9},
+}
 
 
 @dataclass(frozen=True)
 class DraftChoices:
     """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex.
 
-    `patients`: published, of a typical hospital. `sampling_rate` and `steps` None: what suits model and mechanism.
+    `patients`: published, of a typical hospital. `sampling_rate`, `steps` and `strategy` None: what suits model and
+    mechanism.
     """
 
     name: str
@@ -51,6 +59,7 @@ class DraftChoices:
     patients: int
     sampling_rate: float | None
     steps: int | None
+    strategy: str | None
     seed: int
     expires: datetime.date
 
@@ -86,7 +95,7 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
         ),
         training=training_section(choices.mechanism, 0.5 if head else 0.1, momentum=0.9, local_steps=steps),
         evaluation=evaluation_section(choices.mechanism, choices.epsilon, choices.delta, gates),
-        server=server_section(choices.mechanism, 3.0 if head else 0.5, 0.9, choices.rounds),
+        server=server_section(choices.mechanism, 3.0 if head else 0.5, 0.9, choices.rounds, choices.strategy),
         cohort=cohort,
         timing=TimingSection(train_seconds=600, submit_seconds=600, attempt_seconds=1800),
     )
@@ -219,10 +228,16 @@ def training_section(mechanism: str, learning_rate: float, *, momentum: float, *
     return TrainingSection(learning_rate=learning_rate, momentum=momentum, **more)
 
 
-def server_section(mechanism: str, learning_rate: float, momentum: float, rounds: int) -> ServerSection:
-    """`shared`: SGD with momentum on the global gradient, publishing the mean of the last quarter; else FedAvg."""
-    if mechanism != "shared":
-        return ServerSection()
+def server_section(
+    mechanism: str, learning_rate: float, momentum: float, rounds: int, strategy: str | None = None
+) -> ServerSection:
+    """The server step. By default FedAvg; `shared`: SGD with momentum on the global gradient.
+
+    `learning_rate` and `momentum` are of `sgd`, which publishes the mean of the last quarter of the rounds.
+    """
+    chosen = strategy or ("sgd" if mechanism == "shared" else "fedavg")
+    if chosen != "sgd":
+        return ServerSection.model_validate({"strategy": chosen, **_STRATEGY_FIELDS[chosen]}, strict=True)
     tail = max(1, rounds // 4)
     return ServerSection(
         strategy="sgd", learning_rate=learning_rate, momentum=momentum, averaging="tail", averaging_rounds=tail

@@ -10,6 +10,7 @@ from services.cli.claim import claim, claim_in_words
 from services.cli.run import Run
 from services.cli.temperature import temperature
 from services.common.documents.costs import final_noise
+from services.common.documents.strategies import strategy_in_words
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED
 from services.hospital_node.ledger import parse_export
@@ -49,6 +50,7 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
             "image_size": study.model.image_size,
             "backbone": None if study.model.backbone is None else study.model.backbone.model_dump(),
             "parameters": study.model.parameters,
+            "strategy": strategy_in_words(study),
         },
         "charter": {
             "sha256": run.charter.digest.hex(),
@@ -159,6 +161,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"- study: `{study['sha256']}`; charter: `{charter['sha256']}`",
         f"- purpose: {study['purpose']}",
         f"- classes: {', '.join(study['classes'])}",
+        f"- strategy: {study['strategy']}",
         f"- cohort: at least {charter['minimum_cohort']} hospitals, k = {charter['colluding_hospitals']}; "
         f"committee (m, t, q) = {tuple(charter['committee'])}",
         f"- {content['no_medical_device']}",

@@ -27,6 +27,7 @@ from services.common.documents.costs import (
 from services.common.documents.emit import emit
 from services.common.documents.shape import check_study, largest_batch, largest_split, round_shape, total_rounds
 from services.common.documents.site import read
+from services.common.documents.strategies import strategy_in_words
 from services.common.documents.study import LoadedStudy, Study, load_study
 from services.common.dp.accounting import COARSE, epsilon, epsilon_gaussian_closed_form, epsilon_rdp
 from services.common.dp.prv import epsilon_prv
@@ -44,6 +45,17 @@ class Mechanism(StrEnum):
     local = "local"
     shared = "shared"
     none = "none"
+
+
+class ServerStrategy(StrEnum):
+    """How sums become the next model (docs/strategies.md)."""
+
+    fedavg = "fedavg"
+    fedavgm = "fedavgm"
+    fedadam = "fedadam"
+    fedyogi = "fedyogi"
+    sgd = "sgd"
+    adam = "adam"
 
 
 @app.command()
@@ -103,6 +115,10 @@ def draft(
     steps: Annotated[
         int | None, typer.Option(min=1, help="local steps in a round; default: 4, and 1 under shared")
     ] = None,
+    strategy: Annotated[
+        ServerStrategy | None,
+        typer.Option(help="the server step (docs/strategies.md); default: fedavg, and sgd under shared"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the public initial weights")] = 1,
     expires: Annotated[datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="default: in a year")] = None,
 ) -> None:
@@ -132,6 +148,7 @@ def draft(
         patients=patients,
         sampling_rate=sampling_rate,
         steps=steps,
+        strategy=strategy.value if strategy is not None else None,
         seed=seed,
         expires=day,
     )
@@ -203,6 +220,7 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
         "claim": claim(document),
         "epsilon": max((values["with_spare_rounds"] for values in splits.values()), default=None),
         "splits": splits,
+        "strategy": strategy_in_words(document),
         "rounds": document.rounds,
         "spare_rounds": spare_rounds(document.rounds),
         "gates": len(document.evaluation.gate_rounds),
@@ -225,6 +243,7 @@ def _kinds(rounds: int, gates: tuple[int, ...], final: bool) -> list[int]:
 def _show(console: Console, found: dict[str, Any]) -> None:
     gates = f"{found['gates']} gates" + (", a final evaluation" if found["final_evaluation"] else "")
     console.print(f"study {found['study']}: {found['rounds']} rounds, {gates}; SHA-256 {found['sha256']}")
+    console.print(f"strategy: {found['strategy']}")
     if found["demo"]:
         console.print("[bold red]DEMO charter: safety rules are lifted; not for patients' data[/]")
     if found["splits"]:

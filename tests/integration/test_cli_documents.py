@@ -260,6 +260,19 @@ def test_a_shared_study_is_drafted_with_its_claim_in_full(consortium: Path, tmp_
     assert "ε of a training patient over the rounds" in shown
 
 
+def test_a_drafted_study_names_its_strategy(consortium: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    options = ("--charter", consortium / "charter.yaml", "--classes", "benign,malignant", "--image-size", "28")
+    said = run("study", "draft", *options, "--strategy", "fedyogi", "--out", tmp_path)
+    study = load_study((tmp_path / "study.yaml").read_bytes()).document
+    assert study.server.strategy == "fedyogi"
+    assert "strategy: FedYogi (learning rate 0.03, momentum 0.9, second moment 0.99, adaptivity 0.001)" in said
+    words = refused(
+        "study", "draft", *options, "--strategy", "fedyogi", "--mechanism", "shared", "--out", tmp_path / "other"
+    )
+    assert "shared sends sums of gradients: choose sgd or adam" in words
+    assert not (tmp_path / "other" / "study.yaml").exists()
+
+
 def test_a_drafted_study_stands_and_its_cost_is_told(consortium: Path, tmp_path: Path, run: Run) -> None:
     charter = load_charter((consortium / "charter.yaml").read_bytes())
     study = load_study((consortium / "study" / "study.yaml").read_bytes())

@@ -90,7 +90,7 @@ def test_tail_publishes_the_mean_of_the_last_models() -> None:
     assert averaged[-1] == pytest.approx(np.mean(plain[-4:]), rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["sgd", "adam"])
+@pytest.mark.parametrize("strategy", ["sgd", "adam", "fedavgm", "fedadam", "fedyogi"])
 def test_in_blocks_on_disk_as_in_one_piece_in_memory(tmp_path: Path, strategy: str) -> None:
     """What is kept is read back as it was written, in the same blocks, and the model's header is copied."""
     count = BLOCK + 1000

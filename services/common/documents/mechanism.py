@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.costs import epsilon_of, spare_rounds, study_epsilon, study_events, training_noise
+from services.common.documents.strategies import check_strategy
 from services.common.documents.strict import refuse
 from services.common.documents.study import Study
 from services.common.dp.noise import effective_multiplier
@@ -27,7 +28,7 @@ def check_mechanism(charter: LoadedCharter, study: Study) -> None:
         _check_noise(study)
     if mechanism == "shared":
         _check_shared(study)
-    _check_server(study)
+    check_strategy(study)
 
 
 def check_claim(study: Study) -> None:
@@ -139,20 +140,6 @@ def _check_shared(study: Study) -> None:
         )
     if cohort.colluding_hospitals == 0 and privacy.against == "hospitals":
         raise refuse(study.name, _one_curious(study))
-
-
-def _check_server(study: Study) -> None:
-    server, mechanism = study.server, study.privacy.mechanism
-    if (server.strategy == "fedavg") is (mechanism == "shared"):
-        sends, fitting = ("sums of gradients", "sgd or adam") if mechanism == "shared" else ("updates", "fedavg")
-        raise refuse(
-            study.name, f"server.strategy is {server.strategy}, but {mechanism} sends {sends}: choose {fitting}"
-        )
-    if server.averaging == "tail" and server.averaging_rounds > study.rounds:
-        raise refuse(
-            study.name,
-            f"server.averaging_rounds is {server.averaging_rounds}, the study trains {study.rounds} rounds: lower it",
-        )
 
 
 def _one_curious(study: Study) -> str:

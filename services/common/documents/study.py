@@ -122,14 +122,21 @@ class GateSection(Section):
 
 
 class ServerSection(Section):
-    """The server step, post-processing of the sum: `fedavg` of updates; `sgd` or `adam` of gradients under `shared`."""
+    """The server step, post-processing of the sum: of updates, or under `shared` of gradients (docs/strategies.md)."""
 
-    strategy: Literal["fedavg", "sgd", "adam"] = "fedavg"
+    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "sgd", "adam"] = "fedavg"
     learning_rate: float = Field(default=1.0, gt=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd; adam's decay of the first moment")
-    second_moment: float = Field(default=0.99, ge=0, lt=1, description="adam's decay of the second moment")
+    momentum: float = Field(
+        default=0.0, ge=0, lt=1, description="of sgd and fedavgm; β1, the first moment's decay, of the others"
+    )
+    second_moment: float = Field(default=0.99, ge=0, lt=1, description="β2, the second moment's decay")
     smallest_divisor: float = Field(
         default=1e-4, gt=0, description="adam divides by no less: the noise's variance is subtracted first"
+    )
+    adaptivity: float = Field(
+        default=1e-3,
+        gt=0,
+        description="τ of fedadam and fedyogi: added to the root of a second moment that begins at τ²",
     )
     averaging: Literal["none", "ema", "tail"] = Field(
         default="none", description="what the last training round publishes: the newest model, or an average"

@@ -1,4 +1,4 @@
-"""Mechanism `shared` at the aggregator: the server's steps over whole rounds, also killed in one (privacy.md §5)."""
+"""Server steps that keep something beside the model, over whole rounds, also killed in one (privacy.md §5)."""
 
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,21 @@ STUDY: dict[str, Any] = {
     "privacy": {"sampling_rate": 1.0, "noise_multiplier": 4.0, "expected_batch": 1.0, "scale_bits": 18},
     "server": ADAM,
 }
+YOGI: dict[str, Any] = {
+    "server": {"strategy": "fedyogi", "learning_rate": 0.5, "momentum": 0.9, "adaptivity": 0.1}
+}  # of updates, so without `shared`
+KEEPING = {"adam": ("shared", STUDY), "fedyogi": ("none", YOGI)}
 
 
 def expected_models(world: World, hospitals: dict[str, FakeHospital]) -> list[np.ndarray]:
     """The models after each round, from the plain integers that the hospitals sent."""
     lane = round_shape(world.documents.charter, world.study, 1).table.lane_class("parameter")
-    model, scalars, kept, found = vector_of(model_bytes(50)), Scalars(), np.zeros((3, 50)), []
+    model, scalars, kept, found = vector_of(model_bytes(50)), Scalars(), None, []
     for number in range(1, ROUNDS + 1):
         attempt = max(attempt for at, attempt in hospitals["alice"].sent if at == number)
         sums = np.sum([hospitals[name].sent[number, attempt]["parameter"] for name in NAMES], axis=0)
         step = server_step(world.study.document, number, len(NAMES), lane.fraction_bits, scalars)
+        kept = np.zeros((step.slots, 50)) if kept is None else kept
         model, scalars = step.run(model, kept, sums), step.scalars
         found.append(model)
     return found
@@ -53,10 +58,14 @@ def test_every_model_follows_from_the_sums_and_the_last_one_is_the_average(tmp_p
         assert not any(whole.running.store.blobs.has(fact.kept) for fact in concluded[:-1])  # no step starts from them
 
 
-@pytest.mark.parametrize("place", ["before", "between", "after"])
-def test_kill_minus_9_while_it_concludes_loses_no_optimiser_state(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "strategy"), [("before", "adam"), ("between", "adam"), ("after", "adam"), ("between", "fedyogi")]
+)
+def test_kill_minus_9_while_it_concludes_loses_no_optimiser_state(tmp_path: Path, place: str, strategy: str) -> None:
     """Killed before, between and after the writes of the new model and what is kept beside it: the same models."""
-    world = make_world(tmp_path, rounds=ROUNDS, mechanism="shared", study=STUDY)
+    mechanism, study = KEEPING[strategy]
+    world = make_world(tmp_path, rounds=ROUNDS, mechanism=mechanism, study=study)
+    world.config |= {"patience_seconds": 120, "grace_seconds": 60}  # pods come back when they will: no round stalls
     service = world.spawn("tests.support.killed_aggregator", {"KILL_PLACE": place, "KILL_ROUND": "2"})
     pods = {pod.id: FakePod(world, pod.id) for pod in world.documents.charter.roster.pods}
     hospitals = {name: FakeHospital(world, name) for name in NAMES}
@@ -64,7 +73,7 @@ def test_kill_minus_9_while_it_concludes_loses_no_optimiser_state(tmp_path: Path
         assert service.process is not None
         assert service.process.wait(60) == -9
         service = world.spawn()
-        hospitals["alice"].wait_for(over(ROUNDS), seconds=60)
+        hospitals["alice"].wait_for(over(ROUNDS), seconds=180)
     finally:
         for member in (*hospitals.values(), *pods.values()):
             member.stop()

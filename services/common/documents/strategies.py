@@ -1,0 +1,66 @@
+"""The strategies by name: what each asks of a study, and which of the study's fields it reads (docs/strategies.md).
+
+A field that the named strategy does not read must stay at its default: a study that seems to say more than is done
+misleads the board that approves it. Not here: the steps themselves (aggregator/strategy.py, hospital_node/training.py).
+"""
+
+from dataclasses import dataclass
+
+from services.common.documents.strict import refuse
+from services.common.documents.study import ServerSection, Study
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`title` as its paper writes it; `reads`: the fields of `server` beside rate and averaging; of what it steps."""
+
+    title: str
+    reads: tuple[str, ...] = ()
+    of_gradients: bool = False
+
+
+STRATEGIES = {
+    "fedavg": Strategy("FedAvg"),
+    "fedavgm": Strategy("FedAvgM", ("momentum",)),
+    "fedadam": Strategy("FedAdam", ("momentum", "second_moment", "adaptivity")),
+    "fedyogi": Strategy("FedYogi", ("momentum", "second_moment", "adaptivity")),
+    "sgd": Strategy("SGD of the global gradient", ("momentum",), of_gradients=True),
+    "adam": Strategy(
+        "Adam of the global gradient", ("momentum", "second_moment", "smallest_divisor"), of_gradients=True
+    ),
+}
+_MAY_BE_READ = ("momentum", "second_moment", "smallest_divisor", "adaptivity")
+
+
+def check_strategy(study: Study) -> None:
+    """Refuse a strategy that the mechanism does not feed, and fields that it does not read: INVALID_DOCUMENT."""
+    server, mechanism = study.server, study.privacy.mechanism
+    chosen, gradients = STRATEGIES[server.strategy], mechanism == "shared"
+    if chosen.of_gradients is not gradients:
+        sends = "sums of gradients" if gradients else "updates"
+        *others, last = (name for name, one in STRATEGIES.items() if one.of_gradients is gradients)
+        fitting = f"{', '.join(others)} or {last}"
+        raise refuse(
+            study.name, f"server.strategy is {server.strategy}, but {mechanism} sends {sends}: choose {fitting}"
+        )
+    for name in _MAY_BE_READ:
+        if name not in chosen.reads and getattr(server, name) != ServerSection.model_fields[name].default:
+            raise refuse(study.name, f"server.{name} is set, but {server.strategy} does not read it: remove it")
+    if server.strategy == "fedavgm" and server.momentum == 0:
+        raise refuse(study.name, "server.momentum is 0, and fedavgm without momentum is fedavg: set it, or say fedavg")
+    if server.averaging == "tail" and server.averaging_rounds > study.rounds:
+        raise refuse(
+            study.name,
+            f"server.averaging_rounds is {server.averaging_rounds}, the study trains {study.rounds} rounds: lower it",
+        )
+
+
+def strategy_in_words(study: Study) -> str:
+    """One line for people: the strategy and every number that it reads."""
+    server = study.server
+    chosen = STRATEGIES[server.strategy]
+    numbers = [f"{name.replace('_', ' ')} {getattr(server, name):g}" for name in ("learning_rate", *chosen.reads)]
+    if server.averaging != "none":
+        over = f"decay {server.averaging_decay:g}" if server.averaging == "ema" else f"{server.averaging_rounds} rounds"
+        numbers.append(f"publishes an average ({server.averaging}, {over})")
+    return f"{chosen.title} ({', '.join(numbers)})"
