@@ -66,7 +66,7 @@ images: ## container images with docker, podman or buildah (ARGS="--flavour cuda
 	@$(PYTHON) deploy/images/build.py $(ARGS)
 
 charts: setup ## make what of the Helm charts is generated: schemas, tables, shared templates, alert rules, dashboards
-	@$(BIN)/python deploy/helm/generate.py
+	@$(BIN)/python -m deploy.helm.generate
 	@$(BIN)/python -m deploy.monitoring
 
 clean: ## remove what was built, not .venv

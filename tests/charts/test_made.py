@@ -8,11 +8,12 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.support.charts import CHARTS, HELM, INSTALLS, ROOT, generator
+from deploy.helm import generate
+from tests.support.charts import CHARTS, HELM, INSTALLS, ROOT
 
 
 def test_generated_files_are_fresh() -> None:
-    stale = [str(path) for path, text in generator().made().items() if not path.exists() or path.read_text() != text]
+    stale = [str(path) for path, text in generate.made().items() if not path.exists() or path.read_text() != text]
     assert not stale, f"run `make charts`: {stale}"
 
 
@@ -26,15 +27,15 @@ def test_version_is_the_distributions(chart: str) -> None:
 
 @pytest.mark.parametrize("chart", CHARTS)
 def test_every_field_of_the_configuration_is_a_value_or_placed(chart: str) -> None:
-    _, config = generator().MODELS[chart]
+    _, config = generate.MODELS[chart]
     values = yaml.safe_load((HELM / chart / "values.yaml").read_text())["config"]
-    assert set(values) | (set(config.model_fields) & generator().PLACED) == set(config.model_fields)
-    assert not set(values) & generator().PLACED
+    assert set(values) | (set(config.model_fields) & generate.PLACED) == set(config.model_fields)
+    assert not set(values) & generate.PLACED
 
 
 @pytest.mark.parametrize("chart", CHARTS)
 def test_defaults_are_the_services_own(chart: str) -> None:
-    _, config = generator().MODELS[chart]
+    _, config = generate.MODELS[chart]
     values = yaml.safe_load((HELM / chart / "values.yaml").read_text())["config"]
     for name, value in values.items():
         field = config.model_fields[name]
@@ -45,7 +46,7 @@ def test_defaults_are_the_services_own(chart: str) -> None:
 @pytest.mark.parametrize("chart", CHARTS)
 def test_every_value_has_a_comment(chart: str) -> None:
     values = yaml.safe_load((HELM / chart / "values.yaml").read_text())
-    commented = {path for path, _, _ in generator().rows(chart)}
+    commented = {path for path, _, _ in generate.rows(chart)}
     missing = [path for path in leaves(values) if not any(path == c or path.startswith(f"{c}.") for c in commented)]
     assert not missing
 

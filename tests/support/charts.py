@@ -1,13 +1,11 @@
 """Charts through the real `helm` binaries: which are there, one consortium's files, rendering."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -110,14 +108,3 @@ def pod_specs(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The spec of every pod that the manifests make."""
     specs = [item["spec"] for item in found if item["kind"] == "Pod"]
     return specs + [item["spec"]["template"]["spec"] for item in found if "template" in item.get("spec", {})]
-
-
-@cache
-def generator() -> ModuleType:
-    """deploy/helm/generate.py"""
-    spec = importlib.util.spec_from_file_location("generate", HELM / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

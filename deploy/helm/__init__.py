@@ -1,0 +1,1 @@
+"""What of the Helm charts is made from the services' own models."""
