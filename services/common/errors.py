@@ -36,7 +36,9 @@ class Reason(StrEnum):
     CONFLICT = "CONFLICT"  # alarm: two different things under one name
     LATE = "LATE"  # after the deadline or the lock: wait for the next round
     STALE_VERSION = "STALE_VERSION"  # somebody wrote first: read again, retry at once
-    UNKNOWN_SCHEMA = "UNKNOWN_SCHEMA"  # a store of a newer version: upgrade the service
+    UNKNOWN_SCHEMA = (
+        "UNKNOWN_SCHEMA"  # a store of a newer version: upgrade the service; of an earlier build: begin anew
+    )
     UNSAFE_STORE = "UNSAFE_STORE"  # the store may not be used (locked, volatile, not durable)
     STORAGE = "STORAGE"  # the disk is full or failing: back off
     UNREACHABLE = "UNREACHABLE"  # back off and retry

@@ -1,17 +1,22 @@
 """A service that must not start says one sentence that names the thing and the next step, and ends with code 2."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from services.common.clock import SystemClock
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.observe.last_words import refused
+from services.common.store.chain import ChainedLog
+from services.common.store.database import files, open_database
+from services.common.store.events import SCHEMA
 from services.hospital_node.__main__ import open_trainer
 from services.hospital_node.config import load_config
 from services.hospital_node.dataset import check_folder
@@ -99,6 +104,82 @@ def test_a_full_volume_is_said_in_one_line(world: World, tmp_path: Path, module:
     line = last_words(f"services.{module}", config, before="ulimit -f 0; ")
     assert "free or enlarge the volume" in line
     assert str(tmp_path) in line
+
+
+STORES = {"hospital_node": "hospital.sqlite", "keyshare": "custody.sqlite", "aggregator": "aggregator.db"}
+ROLES = pytest.mark.parametrize("module", list(STORES))
+
+
+def store_of(world: World, folder: Path, module: str) -> tuple[Path, Path]:
+    """(config, the path of the store) of a service, whose state folder is made."""
+    config = write_config(world, folder, module)
+    found = YAML(typ="safe").load(config.read_text())["state"]
+    path = (config.parent / found) / STORES[module]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in files(path):
+        old.unlink()
+    return config, path
+
+
+@ROLES
+def test_a_store_of_an_earlier_build_is_refused_in_one_line(world: World, tmp_path: Path, module: str) -> None:
+    config, path = store_of(world, tmp_path, module)
+    schema = "CREATE TABLE submissions (y BLOB)" if module == "hospital_node" else "CREATE TABLE events (stream TEXT)"
+    connection = sqlite3.connect(path)
+    connection.executescript(f"{schema}; PRAGMA user_version=1")
+    connection.close()
+    line = last_words(f"services.{module}", config)
+    assert str(path) in line
+    assert "before the first release" in line
+    assert "begin with an empty one (docs/operations.md" in line
+
+
+def test_an_event_of_another_build_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
+    """The tables are the same, what a pod wrote in them is not."""
+    config, path = store_of(world, tmp_path, "keyshare")
+    database = open_database(path, [SCHEMA], demo=True)
+    ChainedLog(database, "custody").append([("Vanished", {})])
+    database.close()
+    line = last_words("services.keyshare", config)
+    assert "event 'Vanished' is not known here" in line
+    assert "begin with an empty one (docs/operations.md" in line
+
+
+@ROLES
+def test_a_store_that_is_open_elsewhere_is_refused_in_one_line(world: World, tmp_path: Path, module: str) -> None:
+    config, path = store_of(world, tmp_path, module)
+    connection = sqlite3.connect(path)
+    connection.execute("BEGIN EXCLUSIVE")
+    line = last_words(f"services.{module}", config)
+    connection.close()
+    assert f"{path} is open in another program" in line
+    assert "close that one first" in line
+
+
+@ROLES
+def test_a_damaged_store_is_refused_in_one_line(world: World, tmp_path: Path, module: str) -> None:
+    config, path = store_of(world, tmp_path, module)
+    connection = sqlite3.connect(path)
+    connection.executescript("CREATE TABLE t (x); PRAGMA user_version=1")
+    connection.close()
+    path.write_bytes(path.read_bytes()[:100] + bytes(4000))  # a good header, then nothing
+    line = last_words(f"services.{module}", config)
+    assert f"{path} is damaged" in line
+    assert "see the runbook" in line
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_store_that_may_only_be_read_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    Store(tmp_path / "state").close()
+    for place in (tmp_path / "state", tmp_path / "state" / "vectors"):
+        place.chmod(0o777)
+    (tmp_path / "state" / f"{STORES['hospital_node']}.lock").chmod(0o666)
+    (tmp_path / "state" / STORES["hospital_node"]).chmod(0o444)
+    sentence = as_nobody(lambda: Store(tmp_path / "state"))
+    assert "Permission denied" in sentence
+    assert f"let user {NOBODY} write there" in sentence
 
 
 def write_config(world: World, folder: Path, module: str) -> Path:

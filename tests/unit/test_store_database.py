@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -90,10 +89,32 @@ def test_migrations_run_once_each_and_a_newer_schema_is_refused(tmp_path: Path) 
     open_database(path, [ONE, TWO]).close()
 
 
+@pytest.mark.parametrize(
+    ("earlier", "named"),
+    [
+        (ONE.replace("x", "y"), "table t"),
+        (ONE.replace(" STRICT", ""), "table t"),
+        (f"{ONE}; CREATE TABLE w (z TEXT)", "table w"),
+        ("CREATE TABLE w (z TEXT)", "table t"),
+    ],
+)
+def test_a_store_of_an_earlier_build_is_refused_untouched(tmp_path: Path, earlier: str, named: str) -> None:
+    """The same number of migrations, other tables: no release had them, so nothing converts them."""
+    path = tmp_path / "s.db"
+    open_database(path, [earlier]).close()
+    before = path.read_bytes()
+    for migrations in ([ONE], [ONE, TWO]):
+        with pytest.raises(ServiceError, match=f"another {named} than this version makes") as caught:
+            open_database(path, migrations)
+        assert caught.value.reason is Reason.UNKNOWN_SCHEMA
+    assert path.read_bytes() == before
+    open_database(path, ["  " + earlier.replace(" (", "\n    (")]).close()  # the same tables, written in another way
+
+
 def test_a_failing_migration_changes_nothing_and_gives_the_store_back(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     open_database(path, [ONE]).close()
-    with pytest.raises(sqlite3.OperationalError):
+    with pytest.raises(ServiceError, match=r"cannot be opened.*table v already exists"):
         open_database(path, [ONE, "CREATE TABLE v (a INTEGER); CREATE TABLE v (b INTEGER)"])
     db = open_database(path, [ONE, "CREATE TABLE v (c INTEGER)"])
     assert db.query("SELECT c FROM v") == []

@@ -17,6 +17,7 @@ from typing import Any
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import storage_error, storing, sync_folder
 
+NEW_STORE = 'keep the folder and begin with an empty one (docs/operations.md, "A store of an earlier build")'
 _FULL = 2  # PRAGMA synchronous
 _VOLATILE = frozenset({"tmpfs", "ramfs", "overlay", "aufs"})
 _EMPTY_DIR = "/kubernetes.io~empty-dir/"
@@ -76,7 +77,7 @@ def open_database(path: Path, migrations: Sequence[str], demo: bool | None = Non
     `migrations` are SQL scripts; the schema version is how many have run, each in one transaction. They are
     only ever appended to. `demo` None: no rule about the file system (aggregator, hospital); a bool (pods):
     `check_durable(folder, demo)`. Raises UNSAFE_STORE (in use by another process, volatile, not a database),
-    UNKNOWN_SCHEMA (written by a newer version) or STORAGE.
+    UNKNOWN_SCHEMA (written by a newer version, or by a build from before the first release) or STORAGE.
     """
     path = Path(path)
     with storing(f"the store {path}"):
@@ -86,8 +87,11 @@ def open_database(path: Path, migrations: Sequence[str], demo: bool | None = Non
     lock_file = _lock(path)
     connection: sqlite3.Connection | None = None
     try:
-        with _refusing(path):
+        with _refusing(path, opening=True):
             created = not path.exists()
+            if not created:
+                with storing(f"the store {path}"):  # SQLite itself would only say "disk I/O error"
+                    os.close(os.open(path, os.O_RDWR))
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
             connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             connection.execute("PRAGMA journal_mode=WAL")
@@ -184,6 +188,7 @@ def _migrate(path: Path, connection: sqlite3.Connection, migrations: Sequence[st
             Reason.UNKNOWN_SCHEMA,
             f"the store {path} has schema {version}, this version knows {len(migrations)}: upgrade the service",
         )
+    _check_schema(path, connection, migrations[:version])
     for number in range(version, len(migrations)):
         try:
             connection.executescript(
@@ -195,15 +200,39 @@ def _migrate(path: Path, connection: sqlite3.Connection, migrations: Sequence[st
             raise
 
 
+def _check_schema(path: Path, connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
+    """Refuse tables other than those that the same migrations make now: their text changed before the first release."""
+    expected = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for migration in migrations:
+            expected.executescript(migration)
+        found, made = _schema(connection), _schema(expected)
+    finally:
+        expected.close()
+    different = sorted(name for name in found.keys() | made.keys() if found.get(name) != made.get(name))
+    if different:
+        raise ServiceError(
+            Reason.UNKNOWN_SCHEMA,
+            f"the store {path} has another table {different[0]} than this version makes: a build from before the "
+            f"first release wrote it, and nothing converts it; {NEW_STORE}",
+        )
+
+
+def _schema(connection: sqlite3.Connection) -> dict[str, str]:
+    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND sql IS NOT NULL")
+    return {name: " ".join(sql.split()) for name, sql in rows}
+
+
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """SQLite's words for a failing disk or a damaged file as this product's reasons."""
+def _refusing(path: Path, opening: bool = False) -> Iterator[None]:
+    """SQLite's words for a failing disk or a damaged file as this product's reasons; `opening`: every other one too."""
     try:
         yield
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}:
-            raise storage_error(f"the store {path}", str(error)) from error
+            denied = code in {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+            raise storage_error(f"the store {path}", str(error), denied=denied) from error
         if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
             raise ServiceError(
                 Reason.UNSAFE_STORE, f"the store {path} is damaged ({error}): do not repair it; see the runbook"
@@ -211,5 +240,9 @@ def _refusing(path: Path) -> Iterator[None]:
         if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             raise ServiceError(
                 Reason.UNSAFE_STORE, f"the store {path} is open in another program ({error}): close that one first"
+            ) from error
+        if opening:
+            raise ServiceError(
+                Reason.UNSAFE_STORE, f"the store {path} cannot be opened ({error}): keep the folder; see the runbook"
             ) from error
         raise

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from services.common.errors import Reason, ServiceError
+from services.common.store.database import NEW_STORE
 
 T = TypeVar("T")
 _known: dict[type[Any], dict[str, Any]] = {}
@@ -25,11 +26,19 @@ def from_json(kinds: Mapping[str, type[T]], kind: str, payload: Mapping[str, Any
     """The fact again; `kinds` by name. Raises UNKNOWN_SCHEMA."""
     cls = kinds.get(kind)
     if cls is None:
-        raise ServiceError(Reason.UNKNOWN_SCHEMA, f"event {kind!r} was written by a newer service: upgrade this one")
+        raise _another_build(f"event {kind!r} is not known here")
     try:
         return _record(cls, payload)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ServiceError(Reason.UNKNOWN_SCHEMA, f"event {kind} has another shape than this service knows") from error
+        raise _another_build(f"event {kind} has another shape than here") from error
+
+
+def _another_build(what: str) -> ServiceError:
+    return ServiceError(
+        Reason.UNKNOWN_SCHEMA,
+        f"{what}: a newer service wrote the store, then upgrade this one, or a build from before the first release, "
+        f"then {NEW_STORE}",
+    )
 
 
 def _hints(cls: type[Any]) -> dict[str, Any]:
