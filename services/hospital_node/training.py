@@ -145,7 +145,7 @@ def train_round(
             return None
         load_vector(module, state.weights)
         gradient, images = gradient_of()
-        _descend(state, gradient, rate, study)
+        _descend(state, start, gradient, rate, study)
         seen += images
         if state.step % every == 0 or state.step == steps:
             _save(progress, task, state)
@@ -190,11 +190,19 @@ def discard_progress(progress: Path) -> None:
         sync_folder(progress)
 
 
-def _descend(state: _Progress, gradient: NDArray[np.float64], rate: float, study: Study) -> None:
-    """One SGD step with momentum; weight decay acts on the weights, which are public, so it costs no privacy."""
+def _descend(
+    state: _Progress, start: NDArray[np.float64], gradient: NDArray[np.float64], rate: float, study: Study
+) -> None:
+    """One SGD step with momentum; FedProx adds the gradient of μ/2·|w - w_t|² (Li 2020, arXiv:1812.06127).
+
+    Weight decay and the proximal term act on weights that are public or follow from noised gradients: under `local`
+    they come after the noise, are no function of a patient beside it, and cost no privacy (docs/privacy.md).
+    """
     section = study.training
     state.velocity *= section.momentum
     state.velocity += gradient + section.weight_decay * state.weights
+    if section.proximal:
+        state.velocity += section.proximal * (state.weights - start)
     state.weights -= rate * state.velocity
     state.step += 1
     if not np.isfinite(state.weights).all():

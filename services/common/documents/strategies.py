@@ -48,10 +48,29 @@ def check_strategy(study: Study) -> None:
             raise refuse(study.name, f"server.{name} is set, but {server.strategy} does not read it: remove it")
     if server.strategy == "fedavgm" and server.momentum == 0:
         raise refuse(study.name, "server.momentum is 0, and fedavgm without momentum is fedavg: set it, or say fedavg")
+    _check_proximal(study)
     if server.averaging == "tail" and server.averaging_rounds > study.rounds:
         raise refuse(
             study.name,
             f"server.averaging_rounds is {server.averaging_rounds}, the study trains {study.rounds} rounds: lower it",
+        )
+
+
+def _check_proximal(study: Study) -> None:
+    """The term's gradient is μ(w - w_t): it is zero at w_t, so it needs a second step."""
+    privacy, training = study.privacy, study.training
+    if not training.proximal:
+        return
+    if privacy.mechanism == "shared":
+        raise refuse(
+            study.name,
+            "training.proximal pulls a hospital's own steps back to the global model, and under shared every gradient "
+            "is taken at that model, where the pull is zero: remove it",
+        )
+    name = "privacy.steps_per_round" if privacy.mechanism == "local" else "training.local_steps"
+    if (privacy.steps_per_round if privacy.mechanism == "local" else training.local_steps) == 1:
+        raise refuse(
+            study.name, f"training.proximal is zero at the first step, and {name} is 1: take more steps, or remove it"
         )
 
 
@@ -63,4 +82,5 @@ def strategy_in_words(study: Study) -> str:
     if server.averaging != "none":
         over = f"decay {server.averaging_decay:g}" if server.averaging == "ema" else f"{server.averaging_rounds} rounds"
         numbers.append(f"publishes an average ({server.averaging}, {over})")
-    return f"{chosen.title} ({', '.join(numbers)})"
+    words = f"{chosen.title} ({', '.join(numbers)})"
+    return words + (f"; FedProx at the hospitals (μ {study.training.proximal:g})" if study.training.proximal else "")

@@ -79,6 +79,9 @@ class TrainingSection(Section):
     )
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
+    proximal: float = Field(
+        default=0.0, ge=0, description="μ of FedProx: μ/2 · |w - w_t|² is added to a hospital's objective; 0 = none"
+    )
     augmentations: int = Field(default=1, ge=1, le=64, description="K, averaged before the clip")
     micro_batch: int = Field(default=32, ge=1, description="patients per forward pass")
     class_frequencies: tuple[float, ...] = Field(
