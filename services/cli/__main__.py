@@ -18,6 +18,7 @@ from services.cli import (
     policy,
     predict,
     report,
+    simulate,
     site,
     study,
     verify,
@@ -42,6 +43,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(gather.app, name="evidence")
 app.command("demo")(demo.demo)
+app.command("simulate")(simulate.simulate)
 app.command("predict")(predict.predict)
 app.command("export")(predict.export)
 app.command("passport")(predict.passport)

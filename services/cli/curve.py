@@ -1,7 +1,7 @@
-"""ε and ε_solo over the training rounds of a study: as a PNG and as a few lines of a terminal."""
+"""ε and ε_solo over the rounds of a study, as a PNG and in a terminal; released quality of its models as a PNG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,45 @@ def draw(curve: Curve, study: Study, path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"{study.name}: a training patient's ε, mechanism {study.privacy.mechanism}", fontsize=10)
     axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def learning_points(rounds: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """Points of each figure from (version that a round started from, figures released of it)."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for version, figures in rounds:
+        for name, value in figures.items():
+            found.setdefault(name, []).append((version, value))
+    return found
+
+
+def draw_learning(points: Mapping[str, list[tuple[int, float]]], study: Study, note: str, path: Path) -> None:
+    """Released quality of each model version, noise included, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for name, line in sorted(points.items()):
+        axes.plot(*zip(*line, strict=True), marker="o", label=name.replace("_", " "))
+    axes.axhline(1 / len(study.model.classes), color="grey", linewidth=0.8, linestyle=":")
+    last = max((version for line in points.values() for version, _ in line), default=0)
+    axes.set(
+        xlabel="model version",
+        ylabel="released figure (noise included)",
+        ylim=(0, 1),
+        xlim=(-0.2, max(1, last) + 0.2),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    claimed = study.privacy.epsilon
+    privacy = f"ε ≤ {claimed:g}" if claimed is not None and math.isfinite(claimed) else "no differential privacy"
+    axes.set_title(f"{study.name} ({note}, {privacy})", fontsize=10)
+    if points:
+        axes.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from services.cli.claim import claim, claim_in_words
+from services.cli.curve import draw_learning, learning_points
 from services.cli.run import Run
 from services.cli.temperature import temperature
 from services.common.documents.costs import final_noise
@@ -198,38 +199,12 @@ def markdown(content: dict[str, Any]) -> str:
 
 def draw_curve(run: Run, path: Path) -> None:
     """Released quality of each model version, noise included, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    versions: dict[str, list[tuple[int, float]]] = {}
-    version = 0
+    points, version = [], 0
     for one in run.rounds:
-        for name, value in one.figures.items():
-            versions.setdefault(name, []).append((version, value))
+        points.append((version, one.figures))
         version = one.result.version
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for name, points in sorted(versions.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", label=name.replace("_", " "))
-    axes.axhline(1 / len(run.study.document.model.classes), color="grey", linewidth=0.8, linestyle=":")
-    axes.set(
-        xlabel="model version",
-        ylabel="released figure (noise included)",
-        ylim=(0, 1),
-        xlim=(-0.2, max(1, version) + 0.2),
-    )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     note = "synthetic data" if run.study.document.synthetic else "real images"
-    claimed = run.study.document.privacy.epsilon
-    privacy = f"ε ≤ {claimed:g}" if claimed is not None and math.isfinite(claimed) else "no differential privacy"
-    axes.set_title(f"{run.study.document.name} ({note}, {privacy})", fontsize=10)
-    if versions:
-        axes.legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    draw_learning(learning_points(points), run.study.document, note, path)
 
 
 def _hospitals(run: Run) -> list[Path]:

@@ -17,13 +17,7 @@ from services.cli.curve import draw, sketch, training_curve
 from services.cli.drafts import DraftChoices, draft_study
 from services.cli.files import refuse_existing, write_new
 from services.common.documents.charter import LoadedCharter, load_charter
-from services.common.documents.costs import (
-    epsilon_of,
-    round_events,
-    spare_rounds,
-    study_epsilon,
-    study_events,
-)
+from services.common.documents.costs import spare_rounds, split_figures, study_events
 from services.common.documents.emit import emit
 from services.common.documents.shape import check_study, largest_batch, largest_split, round_shape, total_rounds
 from services.common.documents.site import read
@@ -32,6 +26,7 @@ from services.common.documents.study import LoadedStudy, Study, load_study
 from services.common.dp.accounting import COARSE, epsilon, epsilon_gaussian_closed_form, epsilon_rdp
 from services.common.dp.prv import epsilon_prv
 from services.common.errors import Reason, ServiceError
+from services.simulation.consortium import charter_of
 
 app = typer.Typer(no_args_is_help=True, help="One training programme: what an ethics board approves.")
 
@@ -90,9 +85,12 @@ def check(
 
 @app.command()
 def draft(
-    charter: Annotated[Path, typer.Option(help="the charter that it would run under")],
     out: Annotated[Path, typer.Option(help="folder for study.yaml and v0.safetensors; not overwritten")],
     classes: Annotated[str, typer.Option(help="names of the classes, in order, with commas")],
+    charter: Annotated[Path | None, typer.Option(help="the charter that it would run under")] = None,
+    hospitals: Annotated[
+        int | None, typer.Option(min=2, max=4096, help="without a charter: how many `wardround simulate` will have")
+    ] = None,
     name: Annotated[str, typer.Option(help="the study's name: a-z, 0-9 and '-'")] = "first-study",
     purpose: Annotated[str, typer.Option(help="what an ethics board reads")] = "State here what this study is for.",
     architecture: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
@@ -127,7 +125,7 @@ def draft(
     Example: wardround study draft --charter charter.yaml --classes benign,malignant --rounds 20 --epsilon 8 --out
     study/
     """
-    held = load_charter(read(charter), str(charter))
+    held = _charter_or_assumed(charter, hospitals)
     target, model = out / "study.yaml", out / "v0.safetensors"
     refuse_existing([target, model])
     day = (
@@ -160,7 +158,18 @@ def draft(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{target} and {model} ({document.model.parameters} parameters)")
     _show(console, figures(held, loaded))
-    console.print(f"next: edit it, then wardround study check {target} --charter {charter}")
+    then = f"simulate {target} --data FOLDER" if charter is None else f"study check {target} --charter {charter}"
+    console.print(f"next: edit it, then wardround {then}")
+
+
+def _charter_or_assumed(charter: Path | None, hospitals: int | None) -> LoadedCharter:
+    """The charter of the file, or the one that a simulation of so many hospitals assumes."""
+    if (charter is None) is (hospitals is None):
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT,
+            "give either --charter FILE, or --hospitals N for a study that will only be simulated",
+        )
+    return load_charter(read(charter), str(charter)) if charter is not None else charter_of(hospitals or 0)
 
 
 def accountants(study: Study) -> dict[str, float]:
@@ -181,25 +190,7 @@ def accountants(study: Study) -> dict[str, float]:
 def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
     """What `study check` shows, as plain data; sizes in bytes, ε at the study's δ."""
     document = study.document
-    delta = document.privacy.delta
-    splits: dict[str, dict[str, float]] = {}
-    if delta is not None:
-        planned, covered = study_epsilon(document, spare=False), study_epsilon(document)
-        solo = study_epsilon(document, solo=True)
-        once = {
-            event.split: epsilon_of((event.event,), delta)
-            for number in _kinds(document.rounds, document.evaluation.gate_rounds, document.evaluation.final)
-            for event in round_events(document, number)
-        }
-        splits = {
-            split: {
-                "one_round": once[split],
-                "planned": planned[split],
-                "with_spare_rounds": covered[split],
-                "solo": solo[split],
-            }
-            for split in covered
-        }
+    splits = split_figures(document)
     committee = charter.roster.committee
     pieces = math.comb(committee.pods - 1, committee.threshold - 1)
     boxes = committee.pods * (_ENCAPSULATION[charter.document.suite] + 32 * pieces + _TAG)
@@ -233,11 +224,6 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
         "upload_against_plain_float32": (plain.table.total_bytes + boxes) / (4 * document.model.parameters),
         "shortest_seconds": document.timing.train_seconds * total_rounds(study),
     }
-
-
-def _kinds(rounds: int, gates: tuple[int, ...], final: bool) -> list[int]:
-    """One round of each kind."""
-    return [1, *gates[:1], *([rounds + 1] if final else [])]
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -69,7 +69,7 @@ class Dataset:
     _memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def fold(self, split: Split) -> Fold:
         """The patients of `split`."""
@@ -98,7 +98,9 @@ class Dataset:
                 self._memory[image] = pixels
 
     def image_digest(self, image: int) -> bytes:
-        """SHA-256 of the image's file. Raises INVALID_DATA when it cannot be read."""
+        """SHA-256 of the image's file, or of its pixels where it never was one. Raises INVALID_DATA, unreadable."""
+        if not self.paths:
+            return hashlib.sha256(self._memory[image].tobytes()).digest()
         try:
             return hashlib.sha256(self.paths[image].read_bytes()).digest()
         except OSError as error:
@@ -106,7 +108,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One line of the CSV after all checks of the line itself."""
 
     line: int
@@ -118,13 +120,13 @@ class _Row:
 
 def load_dataset(folder: Path, classes: Sequence[str], image_size: int, state: Path) -> Dataset:
     """Read `metadata.csv`; `state` holds the secret key of the split. Raises INVALID_DATA; decodes no image yet."""
-    rows, unit = _read_rows(folder, list(classes))
+    rows, unit = read_rows(folder, classes)
     patients: dict[str, list[int]] = {}
     for image, row in enumerate(rows):
         patients.setdefault(row.patient, []).append(image)
     labels = np.array([row.label for row in rows], np.int64)
     splits = _split(folder, rows, patients, split_key(state))
-    folds = {split: _fold([patients[p] for p in patients if splits[p] == split], labels) for split in SPLITS}
+    folds = {split: fold_of([patients[p] for p in patients if splits[p] == split], labels) for split in SPLITS}
     if not len(folds["train"]):
         raise _invalid(f"{folder / METADATA}: no {unit} is left to train on: add rows, or set `fold` to train for some")
     for split in ("validation", "test"):
@@ -186,14 +188,14 @@ def split_key(state: Path) -> bytes:
     return key
 
 
-def _read_rows(folder: Path, classes: list[str]) -> tuple[list[_Row], str]:
-    """All rows, checked, and the unit's word."""
+def read_rows(folder: Path, classes: Sequence[str]) -> tuple[list[Row], str]:
+    """All rows, checked, and the unit's word. Row i of them is image i of the data set. Raises INVALID_DATA."""
     table = folder / METADATA
     with _opened(table) as reader:
         columns = list(reader.fieldnames or ())
         patient_column, unit = _check_columns(table, columns)
         label_column = "label" if "label" in columns else "dx"
-        rows: list[_Row] = []
+        rows: list[Row] = []
         seen: dict[tuple[str, str], int] = {}
         for cells in reader:
             at = f"{table} line {reader.line_num}"
@@ -205,7 +207,7 @@ def _read_rows(folder: Path, classes: list[str]) -> tuple[list[_Row], str]:
                 if first != reader.line_num:
                     raise _invalid(f"{at}: {what} {value!r} stands in line {first} already: remove one of them")
             rows.append(
-                _Row(
+                Row(
                     reader.line_num,
                     path,
                     _patient(cells[patient_column], patient_column, at),
@@ -261,7 +263,7 @@ def _patient(cell: str, column: str, at: str) -> str:
     return cell.strip()
 
 
-def _label(cell: str, classes: list[str], at: str) -> int:
+def _label(cell: str, classes: Sequence[str], at: str) -> int:
     if cell not in classes:
         raise _invalid(f"{at}: label {cell!r} is not one of the study's ({', '.join(classes)}): correct or remove it")
     return classes.index(cell)
@@ -297,16 +299,24 @@ def _image_path(folder: Path, cell: str, at: str) -> Path:
     return path
 
 
-def _split(folder: Path, rows: list[_Row], patients: dict[str, list[int]], key: bytes) -> dict[str, Split]:
-    """The split of each patient: the CSV's fold, else a keyed hash that nobody outside can compute."""
-    given = {row.fold for row in rows if row.fold is not None}
-    splits: dict[str, Split] = {}
+def _split(folder: Path, rows: list[Row], patients: dict[str, list[int]], key: bytes) -> dict[str, Split]:
+    """The split of each patient. Raises INVALID_DATA for one in two folds."""
+    fixed: dict[str, Split | None] = {}
     for patient, images in patients.items():
         folds = {rows[i].fold for i in images}
         if len(folds) > 1:
             lines = ", ".join(str(rows[i].line) for i in images)
             raise _invalid(f"{folder / METADATA} lines {lines}: {patient!r} is in two folds: put all its images in one")
-        fold = folds.pop()
+        fixed[patient] = folds.pop()
+    return place_patients(fixed, key)
+
+
+def place_patients(fixed: Mapping[str, Split | None], key: bytes) -> dict[str, Split]:
+    """The split of each patient: the one that is fixed for it, else a keyed hash that nobody outside can compute."""
+    given = set(fixed.values())
+    splits: dict[str, Split] = {}
+    for patient, of_hospital in fixed.items():
+        fold = of_hospital
         if fold is None:
             fold = "test" if _position(key, "test", patient) < _TEST_SHARE else "train"
         if fold == "train" and "validation" not in given and _position(key, "validation", patient) < _VALIDATION_SHARE:
@@ -321,7 +331,8 @@ def _position(key: bytes, split: str, patient: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _fold(images: list[list[int]], labels: NDArray[np.int64]) -> Fold:
+def fold_of(images: Sequence[Sequence[int]], labels: NDArray[np.int64]) -> Fold:
+    """The patients with these images (indices into `labels`), one entry a patient."""
     every = tuple(np.array(of_patient, np.int64) for of_patient in images)
     truth = np.array([np.bincount(labels[of_patient]).argmax() for of_patient in every], np.int64)
     votes = tuple(of_patient[labels[of_patient] == label] for of_patient, label in zip(every, truth, strict=True))

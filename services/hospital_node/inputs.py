@@ -6,6 +6,7 @@ Every number depends on one image only (no mean over the data set), so nothing h
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Protocol
 
@@ -75,6 +76,12 @@ class FeatureInputs:
         self.features = features
         self._features = torch.from_numpy(features).to(device)
         self._whole: dict[str, tuple[Rows, ...]] = {}
+
+    def of_others(self) -> "FeatureInputs":
+        """The same numbers for other patients of them: nothing is copied, nothing gathered yet."""
+        other = copy(self)
+        other._whole = {}
+        return other
 
     def whole(self, split: Split, patients: Sequence[NDArray[np.int64]], labels: NDArray[np.int64]) -> tuple[Rows, ...]:
         """All rows of a split's patients, gathered once: they never change while this object lives."""

@@ -118,7 +118,7 @@ def train_round(
     study: Study,
     task: Task,
     *,
-    progress: Path,
+    progress: Path | None,
     keys: Callable[[], bytes],
     should_stop: Callable[[], bool],
     compute: Compute = _DEFAULT,
@@ -126,7 +126,8 @@ def train_round(
 ) -> TrainResult | None:
     """Train from `vector` (d); resumes from the folder `progress`. None when `should_stop()` said so between steps.
 
-    `inputs` of this study, where the caller keeps them open between rounds.
+    `progress` None: no checkpoint is kept, as in a simulation. `inputs` of this study, where the caller keeps them open
+    between rounds.
 
     `keys()` gives a fresh 32-byte key of the operating system at every call. Raises NOT_FINITE (a failed training:
     nothing is submitted), INVALID_DATA, INVALID_DOCUMENT, STORAGE.
@@ -137,7 +138,8 @@ def train_round(
     if rate is None:
         raise ServiceError(Reason.INVALID_DOCUMENT, "training.learning_rate is missing: no step can be taken here")
     start = vector.astype(np.float64)
-    state = _resume(progress, task, start.size) or _Progress(start.copy(), np.zeros_like(start))
+    resumed = None if progress is None else _resume(progress, task, start.size)
+    state = resumed or _Progress(start.copy(), np.zeros_like(start))
     every = max(1, steps // _CHECKPOINTS)
     began, seen, first = time.monotonic(), 0, state.step
     while state.step < steps:
@@ -147,7 +149,7 @@ def train_round(
         gradient, images = gradient_of()
         _descend(state, start, gradient, rate, study)
         seen += images
-        if state.step % every == 0 or state.step == steps:
+        if progress is not None and (state.step % every == 0 or state.step == steps):
             _save(progress, task, state)
     seconds = time.monotonic() - began
     _log.info("trained round %d: steps %d to %d in %.1f s", task.round, first, steps, seconds)

@@ -75,5 +75,5 @@ def small_study(mechanism: str = "local", **changes: dict[str, Any]) -> Study:
         "timing": {"train_seconds": 1, "submit_seconds": 1, "attempt_seconds": 2},
     }
     for section, values in changes.items():
-        base[section] = {**base[section], **values} if isinstance(values, dict) else values
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
     return Study.model_validate(base)

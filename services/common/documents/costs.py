@@ -138,6 +138,26 @@ def study_epsilon(study: Study, spare: bool = True, solo: bool = False) -> dict[
     }
 
 
+def split_figures(study: Study) -> dict[Split, dict[str, float]]:
+    """ε of each split at the study's δ: of one round, as planned, with spare rounds, and ε_solo. Empty under `none`."""
+    delta = study.privacy.delta
+    if delta is None:
+        return {}
+    covered = study_epsilon(study)
+    planned, solo = study_epsilon(study, spare=False), study_epsilon(study, solo=True)
+    kinds = (1, *study.evaluation.gate_rounds[:1], *([study.rounds + 1] if study.evaluation.final else []))
+    once = {event.split: epsilon_of((event.event,), delta) for number in kinds for event in round_events(study, number)}
+    return {
+        split: {
+            "one_round": once[split],
+            "planned": planned[split],
+            "with_spare_rounds": covered[split],
+            "solo": solo[split],
+        }
+        for split in covered
+    }
+
+
 def epsilon_of(events: Iterable[Event], delta: float) -> float:
     """ε of `events` composed, remembered: the same study is held against its claim at every poll of a hospital."""
     return _epsilon(tuple(events), delta)

@@ -1,0 +1,24 @@
+"""What a simulation leaves behind: history, model, learning curve."""
+
+import json
+from pathlib import Path
+
+from services.cli.curve import draw_learning, learning_points
+from services.cli.files import refuse_existing, write_new
+from services.common.store.durable import storing
+from services.simulation.simulate import Simulation
+
+FILES = ("history.json", "model.safetensors", "curve.png")
+
+
+def write_output(found: Simulation, folder: Path) -> None:
+    """Write all of `FILES` into `folder`. Raises CONFLICT where one of them exists, STORAGE."""
+    from services.hospital_node.models import write_model_file
+
+    refuse_existing([folder / name for name in FILES])
+    with storing(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_new(folder / "history.json", json.dumps(found.as_json(), indent=2, allow_nan=False).encode() + b"\n")
+    write_model_file(folder / "model.safetensors", found.layout, found.vector)
+    points = learning_points((one.started_from, one.figures) for one in found.rounds)
+    draw_learning(points, found.study.document, f"{len(found.hospitals)} virtual hospitals", folder / "curve.png")
