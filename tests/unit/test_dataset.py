@@ -109,7 +109,10 @@ def test_a_patient_votes_with_the_images_of_its_commonest_class(folder: Path) ->
         ("c", "images/c.png", "p1", "light"),
     ]
     write_table(folder, [(*row, "train") for row in rows], (*COLUMNS, "fold"))
-    fold = next(f for s in SPLITS if len(f := load_dataset(folder, CLASSES, SIZE, folder.parent / "s").fold(s)))
+    state = folder.parent / "s"
+    state.mkdir()
+    (state / "split.key").write_bytes(bytes(32))  # a fresh one sends the only patient to validation one time in ten
+    fold = load_dataset(folder, CLASSES, SIZE, state).fold("train")
     assert fold.images[0].tolist() == [0, 1, 2]
     assert fold.votes[0].tolist() == [1, 2]
     assert fold.labels.tolist() == [1]

@@ -197,7 +197,7 @@ def test_noise_is_fresh_although_the_partition_has_a_seed(tmp_path: Path) -> Non
 
 
 def test_a_training_that_fails_is_absent_and_too_many_end_the_study(tmp_path: Path) -> None:
-    study = plain_study(tmp_path, training={"learning_rate": 1e38, "local_steps": 3, "batch_size": 64})
+    study = plain_study(tmp_path, training={"learning_rate": 1e300, "local_steps": 4, "batch_size": 64})
     detail = refusal(study, pictures(20), Division("equal", hospitals=2))
     assert detail.startswith("round 1: the training of 2 of 2 hospitals failed, the study needs 2 in a sum")
 
