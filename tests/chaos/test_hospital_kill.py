@@ -196,10 +196,10 @@ def test_status_and_evidence_over_the_admin_socket(aggregator: FakeAggregator, p
         for answer in stub.WatchStatus(admin_pb2.WatchStatusRequest(), timeout=30):
             if answer.status.phase == "submitted":
                 break
-        status = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=5).status
+        status = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=60).status
         files: dict[str, bytes] = {}
         path = ""
-        for part in stub.ExportEvidence(admin_pb2.ExportEvidenceRequest(), timeout=5):
+        for part in stub.ExportEvidence(admin_pb2.ExportEvidenceRequest(), timeout=60):
             path = part.path or path
             files[path] = files.get(path, b"") + part.chunk
     assert (status.role, status.id, status.round, status.attempt) == ("hospital", "alice", 1, 1)

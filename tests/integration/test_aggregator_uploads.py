@@ -134,5 +134,5 @@ def test_collecting_ends_early_once_everybody_has_submitted_or_declined(tmp_path
         whole.join("dave", auto=False)
         dave, _ = collecting(whole)
         dave.decline(dave.now)
-        dave.wait_for(over(1), seconds=15)
+        dave.wait_for(over(1), seconds=60)
         assert whole.running.coordinator.run.state.members == ("alice", "bob", "carol")

@@ -248,7 +248,7 @@ def test_admin_socket_and_probes(aggregator: FakeAggregator, pod: PodProcess) ->
             f'wardround_charter_info{{charter="current",digest="{charter}"}} 1.0',
         ],
     }.items():
-        connection = http.client.HTTPConnection(address, timeout=5)
+        connection = http.client.HTTPConnection(address, timeout=60)
         connection.request("GET", path)
         text = connection.getresponse().read().decode()
         assert all(needle in text for needle in needles), text
@@ -324,7 +324,7 @@ def test_second_release_of_one_identity(aggregator: FakeAggregator, pod: PodProc
     aggregator.stop()
     aggregator.start()
     with pytest.raises(subprocess.TimeoutExpired):
-        pod.process.wait(2)
+        pod.process.wait(60)
     aggregator.taken = False
     assert aggregator.wait_for(pod.id).live, "who was the pod before does not end, and keeps its round keys"
 

@@ -167,7 +167,7 @@ def make_world(
     return world
 
 
-def until(what: Callable[[], Any], seconds: float = 30, why: str = "") -> Any:
+def until(what: Callable[[], Any], seconds: float = 120, why: str = "") -> Any:
     """Wait until `what()` is true and return it; tests end early, never late."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:

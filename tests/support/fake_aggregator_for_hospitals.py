@@ -106,7 +106,7 @@ class FakeAggregator(
             for feed in self._feeds:
                 feed.push(self._copy())
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 30) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Return when `condition` holds; it is looked at after every call that arrives."""
         end = time.monotonic() + seconds
         with self._changed:

@@ -95,7 +95,7 @@ class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
         files.key.write_bytes(issued.key)
         return files
 
-    def ask(self, pod: str, seconds: float = 20, **order: Any) -> Any:
+    def ask(self, pod: str, seconds: float = 90, **order: Any) -> Any:
         """The pod's answer: the request of its RPC, a list of them for a release."""
         with self._lock:
             self._number += 1
@@ -108,7 +108,7 @@ class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
     def send(self, pod: str, number: int = 0, **order: Any) -> None:
         self._feeds[pod].push(wire.WatchResponse(command=number, **order))
 
-    def wait_for(self, pod: str, seconds: float = 20) -> wire.WatchRequest:
+    def wait_for(self, pod: str, seconds: float = 90) -> wire.WatchRequest:
         """The next Watch of a pod."""
         hello = self.hellos.get(timeout=seconds)
         assert pod in self._feeds

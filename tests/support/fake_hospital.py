@@ -149,7 +149,7 @@ class FakeHospital:
         return self.seen[-1]
 
     def wait_for(
-        self, what: Callable[[round_pb2.WatchRoundsResponse], bool], seconds: float = 30
+        self, what: Callable[[round_pb2.WatchRoundsResponse], bool], seconds: float = 120
     ) -> round_pb2.WatchRoundsResponse:
         """The first state (from now on) for which `what` holds."""
         with self._changed:
@@ -157,7 +157,7 @@ class FakeHospital:
             assert found, f"not within {seconds} s; last seen: {self.seen[-1] if self.seen else None}"
             return self.seen[-1]
 
-    def call(self, stub: Any, method: str, request: Any, seconds: float = 20) -> Any:
+    def call(self, stub: Any, method: str, request: Any, seconds: float = 60) -> Any:
         return self._caller.unary(lambda c: getattr(stub(c), method), request, seconds=seconds)
 
     def manifest(self, study: bytes, number: int) -> CheckedManifest:

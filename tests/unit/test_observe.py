@@ -23,7 +23,7 @@ from tests.support.tls import make_consortium
 
 def get(server: HttpServer, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

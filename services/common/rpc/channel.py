@@ -154,11 +154,17 @@ class Caller:
     ) -> Response:
         end = time.monotonic() + seconds
         longest = _FIRST_WAIT
+        refused: ServiceError | None = None
         while True:
             try:
                 with self._channel() as channel, _translated():
                     return call(channel, max(0.001, end - time.monotonic()))
             except ServiceError as error:
+                if error.reason is not Reason.UNREACHABLE:
+                    refused = error
+                elif refused is not None and time.monotonic() >= end:
+                    # The last try was cut off by the deadline: what the server said before tells more.
+                    raise refused from None
                 wait = self._random.uniform(longest / 2, longest)
                 late = time.monotonic() + wait >= end
                 passing = CODES[error.reason] is grpc.StatusCode.UNAVAILABLE and not late
