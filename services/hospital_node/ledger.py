@@ -35,6 +35,7 @@ CREATE TRIGGER ledger_lasts BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'l
 
 
 _ENTRIES = "SELECT sequence, previous, head, event FROM ledger ORDER BY sequence"
+_ENTRIES_AFTER = "SELECT sequence, previous, head, event FROM ledger WHERE sequence > ? ORDER BY sequence"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class Ledger:
         self._database = database
         with database.transaction() as connection:
             connection.execute("INSERT OR IGNORE INTO ledger_start VALUES (1, ?)", (secrets.token_bytes(32),))
-        verify_entries(self._entries(), self._start())
+        self._start = hashlib.sha256(_LABEL + database.query("SELECT random FROM ledger_start")[0][0]).digest()
+        self._read: tuple[LedgerMark, tuple[LedgerEvent, ...]] = LedgerMark(0, self._start), ()
+        self._account = Account(())
+        verify_entries(self._entries(), self._start)
 
     @classmethod
     def read(cls, database: Database) -> tuple[tuple[Entry, ...], bytes | None]:
@@ -82,7 +86,7 @@ class Ledger:
     def mark(self) -> LedgerMark:
         """{sequence, head} after the last event (L-4)."""
         found = self._database.query("SELECT sequence, head FROM ledger ORDER BY sequence DESC LIMIT 1")
-        return LedgerMark(*found[0]) if found else LedgerMark(0, self._start())
+        return LedgerMark(*found[0]) if found else LedgerMark(0, self._start)
 
     def append(self, connection: sqlite3.Connection, events: Iterable[LedgerEvent]) -> LedgerMark:
         """Add the events inside the caller's transaction, so that the pending record and they are one (L-1)."""
@@ -98,7 +102,7 @@ class Ledger:
 
     def debit(self, connection: sqlite3.Connection, joining: Joined, debits: Iterable[Debit]) -> LedgerMark:
         """Append the debits of one vector; before the first ones of a study, that it was `joining`."""
-        first = not any(isinstance(event, Joined) and event.study == joining.study for event in self.events())
+        first = joining.study not in self.account().joined
         return self.append(connection, (*((joining,) if first else ()), *debits))
 
     def expose(self, connection: sqlite3.Connection, study: str, round_number: int, reason: str) -> None:
@@ -110,8 +114,16 @@ class Ledger:
             self.append(connection, [Exposed(study, round_number, reason)])
 
     def events(self) -> tuple[LedgerEvent, ...]:
-        """Every event, oldest first."""
-        return tuple(entry.parsed() for entry in self._entries())
+        """Every event, oldest first. What was read before is not parsed again while the chain goes on from it."""
+        now, (mark, known) = self.mark(), self._read
+        if now == mark:
+            return known
+        rows = self._database.query(_ENTRIES_AFTER, (mark.sequence,))
+        if not rows or rows[0][1] != mark.head:  # a transaction in which this was read was rolled back
+            rows, known = self._database.query(_ENTRIES), ()
+        self._read = now, (*known, *(Entry(*row).parsed() for row in rows))
+        self._account = Account(self._read[1])
+        return self._read[1]
 
     def debits(self) -> tuple[Debit, ...]:
         """The debits alone, as they were written."""
@@ -123,14 +135,12 @@ class Ledger:
 
     def account(self) -> Account:
         """What it all costs."""
-        return Account(self.events())
+        self.events()
+        return self._account
 
     def export(self) -> Iterator[str]:
         """The lines of ledger.jsonl, oldest first."""
         return (entry.line() for entry in self._entries())
-
-    def _start(self) -> bytes:
-        return hashlib.sha256(_LABEL + self._database.query("SELECT random FROM ledger_start")[0][0]).digest()
 
     def _entries(self) -> Iterator[Entry]:
         return (Entry(*row) for row in self._database.query(_ENTRIES))

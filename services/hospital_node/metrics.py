@@ -88,8 +88,7 @@ _names: dict[str, str] = {}  # of studies; empty until the study was fetched
 
 for _kind in ("used", "total"):
     _GPU.labels(_kind)
-for _phase in PHASES:
-    _PHASE.labels(_phase)
+_phases = {phase: _PHASE.labels(phase) for phase in PHASES}
 for _reason in Reason:
     if _reason not in DATA_REASONS:
         _REFUSALS.labels(_reason.value)
@@ -100,12 +99,12 @@ def show(progress: Progress) -> None:
     now = "training" if progress.phase == "trained" else progress.phase
     if now not in ("fetching", "training"):
         _show_training()
-    for phase in PHASES:
-        _PHASE.labels(phase).set(phase == now)
+    for phase, gauge in _phases.items():
+        gauge.set(phase == now)
     _ROUND.set(progress.round)
     _MODEL.set(progress.model_version)
     if progress.study:
-        if progress.study_name:
+        if progress.study_name and _names.get(short(progress.study)) != progress.study_name:
             _names[short(progress.study)] = progress.study_name
             show_studies(_names)
         show_figures(progress.study, progress.figures)

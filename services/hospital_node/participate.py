@@ -71,6 +71,7 @@ class Participation:
         self._checkpoint = checkpoint
         self.progress = Progress()
         self._studies: dict[bytes, LoadedStudy] = {}
+        self._checked: set[bytes] = set()  # charters that the study of `_studies` was held against
         self._drawn: Vector | None = None  # x that this life wrote: masked once without being looked at again
         self._shown: tuple[bytes, bytes, LedgerMark] | None = None  # what `progress.figures` were computed from
 
@@ -233,7 +234,8 @@ class Participation:
         self._checkpoint("masked")
         shape = round_shape(charter, study, round_number)
         debits = round_debits(study, shape, vector.model, vector.name, attempt=attempt, manifest=checked.M)
-        joining = study_plan(charter, study, self._consents.policy())
+        joined = self.ledger.account().joined.get(study.digest.hex())
+        joining = joined or study_plan(charter, study, self._consents.policy())
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
             mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits)
@@ -347,8 +349,10 @@ class Participation:
                     Reason.BAD_DIGEST,
                     f"the aggregator's study has SHA-256 {study.digest.hex()[:12]}…, not {study_digest.hex()[:12]}…",
                 )
-            self._studies = {study_digest: study}
-        check_study(charter, study)
+            self._studies, self._checked = {study_digest: study}, set()
+        if charter.digest not in self._checked:
+            check_study(charter, study)
+            self._checked.add(charter.digest)
         return study
 
     def _charter(self, charter_digest: bytes) -> LoadedCharter:

@@ -13,7 +13,7 @@ Not here: where the events are kept (ledger.py), what follows from a projection 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -51,6 +51,7 @@ class Account:
         self.joined = {event.study: event for event in everything if isinstance(event, Joined)}
         self.debits = tuple(event for event in everything if isinstance(event, Debit))
         self.exposed = {(event.study, event.round) for event in everything if isinstance(event, Exposed)}
+        self._laws = self._merged(self.debits)
 
     def studies(self) -> tuple[str, ...]:
         """Hex digests, in the order in which they were joined."""
@@ -58,7 +59,7 @@ class Account:
 
     def splits(self, study: str, solo: bool = False) -> dict[str, float]:
         """ε of one study by split at its own δ; infinite where something left without noise (`none`)."""
-        return self._splits([debit for debit in self.debits if debit.study == study], solo)
+        return self._splits([debit for debit in self._laws if debit.study == study], solo)
 
     def study(self, study: str, solo: bool = False) -> float:
         """ε of one study: 0.0 before its first event."""
@@ -68,7 +69,7 @@ class Account:
         """ε of the data set; the last study to spend is the one whose plan is not counted ahead."""
         if any(debit.mechanism == "none" for debit in self.debits):
             return Total(math.inf, "sum", 0.0)
-        return self._dataset(self.debits, self.debits[-1].study if self.debits else "", caps, solo)
+        return self._dataset(self._laws, self.debits[-1].study if self.debits else "", caps, solo)
 
     def project(
         self,
@@ -86,7 +87,7 @@ class Account:
         `remaining` bounds the rounds that are counted. Only noised events are held against caps: a release under
         `none` has no ε that any cap could bound, and the policy allows it by its own words or not at all.
         """
-        first, held, more, each = cost[0], _noised(self.debits), _noised(cost), _noised(plain)
+        first, held, more, each = cost[0], _noised(self._laws), _noised(cost), _noised(plain)
         mine = tuple(debit for debit in held if debit.study == first.study)
 
         def study_after(debits: tuple[Debit, ...]) -> float:
@@ -96,7 +97,7 @@ class Account:
             return self._dataset((*held, *debits), first.study, caps)
 
         def fits(rounds: int) -> bool:
-            ahead = each * rounds
+            ahead = tuple(replace(debit, steps=debit.steps * rounds) for debit in each)
             return study_after(ahead) <= study_cap and dataset_after(ahead).epsilon <= caps.epsilon
 
         new = () if paid else more
@@ -115,6 +116,18 @@ class Account:
                 for d in self.debits
             ),
         )
+
+    def _merged(self, debits: Iterable[Debit]) -> tuple[Debit, ...]:
+        """The same cost in the fewest debits: those of one study that differ in nothing but the round are one with
+        all their steps. An exposed round stays apart: it counts by another law."""
+        first: dict[tuple[object, ...], Debit] = {}
+        steps: dict[tuple[object, ...], int] = {}
+        for debit in debits:
+            law = (debit.study, debit.split, debit.mechanism, debit.sampling_rate, debit.noise_multiplier)
+            key = (*law, debit.sensitivity, debit.scale, debit.delta, (debit.study, debit.round) in self.exposed)
+            first.setdefault(key, debit)
+            steps[key] = steps.get(key, 0) + debit.steps
+        return tuple(replace(debit, steps=steps[key]) for key, debit in first.items())
 
     def _event(self, debit: Debit, solo: bool) -> Event:
         alone = solo or (debit.study, debit.round) in self.exposed

@@ -51,6 +51,24 @@ def test_l3_exposure_is_appended_once_and_only_where_something_was_spent(ledger:
     assert ledger.events() == (debit(1), Exposed(DEBIT.study, 1, "a cohort of 2"))
 
 
+def test_what_was_read_in_a_transaction_that_was_rolled_back_is_forgotten(ledger: Ledger, database: Database) -> None:
+    def undone(number: int) -> None:
+        with database.transaction() as connection:
+            ledger.append(connection, [debit(number)])
+            assert ledger.debited(f"v{number}")
+            raise ZeroDivisionError
+
+    add(ledger, database, debit(1))
+    with pytest.raises(ZeroDivisionError):
+        undone(2)
+    assert ledger.events() == (debit(1),)
+    with pytest.raises(ZeroDivisionError):
+        undone(3)
+    add(ledger, database, debit(4), debit(5))
+    assert ledger.events() == (debit(1), debit(4), debit(5))
+    assert ledger.account().debits == (debit(1), debit(4), debit(5))
+
+
 @pytest.mark.parametrize(
     "blob",
     [

@@ -22,6 +22,7 @@ FINE = 1e-4  # discretisation of the privacy loss for what is claimed
 COARSE = 1e-3  # for searches and curves: as pessimistic, ε higher by less than 1e-4 relative
 _LARGEST_LOSS = 16.0  # beyond it the grid widens in powers of two, so that no σ needs more than 10^6 points
 _LARGEST_TOTAL = 128.0  # the same for the composed loss, at which no ε means anything
+_NEARLY_NOTHING = 1e-9  # only where doubles find less than this ε (or overflow) may it be exactly zero
 _GUESS_MARGIN = 1e-11  # by which a closed form found in doubles is raised before it is proven
 _SIGMA_STEPS = 10_000  # calibration grid: 1e-4
 _LARGEST_SIGMA = 10_000
@@ -231,9 +232,9 @@ def _closed_form(mu: float, delta: float) -> float:
             spent = mpmath.ncdf(exact / 2 - shift) - mpmath.exp(candidate) * mpmath.ncdf(-exact / 2 - shift)
             return bool(spent <= delta)
 
-        if enough(mpmath.mpf(0)):
-            return 0.0
         guess = _double_closed_form(mu, delta) * (1 + _GUESS_MARGIN)
+        if guess < _NEARLY_NOTHING and enough(mpmath.mpf(0)):
+            return 0.0
         if 0 < guess < math.inf and enough(mpmath.mpf(guess)):  # proven here, whatever the doubles were worth
             return math.nextafter(guess, math.inf)
         low, high = mpmath.mpf(0), mpmath.mpf(1)

@@ -125,6 +125,7 @@ def _cube_root(value: int) -> int:
     return root - int(root * root * root > value)
 
 
+@lru_cache(maxsize=64)
 def share_scale(noise_multiplier: float, sensitivity: float, minimum_cohort: int, colluding: int) -> int:
     """S_h = ⌈√((σ²Δ₂² + 9)/(n_min − k))⌉, exactly: what one hospital adds, in integer units of its lane class.
 

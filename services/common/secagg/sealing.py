@@ -7,6 +7,7 @@ The one impure corner of the core: the library draws its own randomness for keys
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
@@ -35,6 +36,9 @@ _SUITES = {
     SUITE_X25519: Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM),
 }
 # The private half of the P-17 test exchange: fixed, public, and worth nothing.
+_REMEMBERED = (
+    64  # public keys that loaded: each is met when its manifest is checked, and when something is sealed to it
+)
 _TEST_KEY = x25519.X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 
 _Private = MLKEM768X25519PrivateKey | x25519.X25519PrivateKey
@@ -73,6 +77,7 @@ def load_sealing_key(suite: int, lattice_seed: bytes, exchange_key: bytes) -> Se
     return SealingKey(suite, MLKEM768X25519PrivateKey(mlkem.MLKEM768PrivateKey.from_seed_bytes(lattice_seed), exchange))
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def load_public_key(suite: int, public: bytes) -> _Public:
     """The public key, proved usable (P-17). Raises MALFORMED.
 

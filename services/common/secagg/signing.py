@@ -7,7 +7,8 @@ Not here: drawing keys (their 32 bytes are an argument), storing them.
 
 import hashlib
 from collections.abc import Mapping
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -17,6 +18,7 @@ from services.common.secagg import blob as codec
 from services.common.secagg.messages import Signed
 
 T = TypeVar("T")
+_REMEMBERED = 256  # messages that verified: most are met again in a later step of their round, byte for byte
 
 LABELS = frozenset(
     {
@@ -100,7 +102,13 @@ def verify(name: str, signed: Signed, public_key: bytes) -> None:
 
 
 def open_signed(cls: type[T], name: str, signed: Signed, public_key: bytes) -> T:
-    """Verify, THEN parse strictly. Raises BAD_SIGNATURE or MALFORMED."""
+    """Verify, THEN parse strictly. Raises BAD_SIGNATURE or MALFORMED. Equal bytes under one key are looked at once."""
+    opened: T = _opened(cls, name, signed, public_key)  # type: ignore[arg-type]  # mypy: no class is Hashable to it
+    return opened
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _opened(cls: type[Any], name: str, signed: Signed, public_key: bytes) -> Any:
     verify(name, signed, public_key)
     return codec.decode(cls, signed.blob)
 
