@@ -1,7 +1,7 @@
 """Commands that the documents tell people to type: fenced blocks by their title.
 
 `laptop` blocks run here as they stand; `site` lines must parse against the real command line; `kubernetes` lines
-name real charts and values, and the end-to-end test may run them.
+name real charts and values, and the end-to-end test on a cluster runs them (kubernetes_guide.py).
 """
 
 import re

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.common.errors import ServiceError
+
 POLL_SECONDS = 1.0  # real clusters offer no clock of ours; everything waits by asking
 
 
@@ -130,7 +132,7 @@ def until(what: Callable[[], Any], seconds: float, why: str) -> Any:
         try:
             if found := what():
                 return found
-        except (CommandError, subprocess.TimeoutExpired, ValueError) as error:
+        except (CommandError, ServiceError, subprocess.TimeoutExpired, ValueError) as error:
             last = str(error)
         time.sleep(POLL_SECONDS)
     raise AssertionError(f"not within {seconds:.0f} s: {why}; last: {last[-2000:]}")

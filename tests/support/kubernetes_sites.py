@@ -132,7 +132,7 @@ class Consortium:
         ]
         found: dict[str, Any] = {
             "resources": {"cpu": cpu, "memory": memory, "ephemeralStorage": "64Mi"},
-            "cli": {"resources": {"cpu": "50m", "memory": "512Mi", "ephemeralStorage": "64Mi"}},
+            "cli": {"resources": {"cpu": "250m", "memory": "512Mi", "ephemeralStorage": "64Mi"}},
             "state": {"size": "1Gi"},
             "metrics": {"from": [{"namespaceSelector": {"matchLabels": {"wardround.test/scraper": "yes"}}}]},
         }

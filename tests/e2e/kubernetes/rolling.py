@@ -1,10 +1,11 @@
 """Middle steps: rounds, restarts, amendments and rollouts, while every round that was opened ends."""
 
 import hashlib
+import json
 
-from tests.e2e.kubernetes.beginning import push_model
+from tests.e2e.kubernetes.beginning import ROUNDS, push_model
 from tests.support.kubernetes import refusal, run, until
-from tests.support.kubernetes_sites import CENTRE, HOSPITALS
+from tests.support.kubernetes_sites import CENTRE, HOSPITALS, wardround
 from tests.support.kubernetes_world import World, cordoned
 
 OPEN = ("training", "proposed", "endorsing", "collecting")
@@ -12,7 +13,7 @@ OPEN = ("training", "proposed", "endorsing", "collecting")
 
 def first_rounds(world: World) -> None:
     """New rounds are an ordinary upgrade of the target."""
-    world.upgrade(CENTRE, "--set", "plan.throughRound=2")
+    world.guide.run("helm upgrade centre", "--reuse-values --set plan.throughRound", through=2)
     world.centre.rolled_out()
     world.round_over(2, 600)
     history = world.centre.kubectl("rollout", "history", f"statefulset/{CENTRE}")
@@ -51,7 +52,7 @@ def stop_rounds(world: World) -> int:
 
 def delete_pods_in_mid_round(world: World) -> None:
     """One of each kind, gently and by force: every round ends, and every debit was made once."""
-    set_env(world, 60)
+    set_env(world, ROUNDS)
     for site, force in (("dave", True), ("fir", True), (CENTRE, False), ("carol", False)):
         number = world.wait(lambda now: now.phase in OPEN, 300, "a round should be open").round
         words = ["--grace-period=0", "--force"] if force else ["--wait=false"]
@@ -67,7 +68,8 @@ def delete_pods_in_mid_round(world: World) -> None:
 def check_ledgers(world: World) -> None:
     """No round was debited twice: one vector for each study, round and split."""
     for hospital in HOSPITALS:
-        debits = [row["event"] for row in world.ledger(hospital) if row["event"]["kind"] == "debit"]
+        events = [json.loads(row["event"]) for row in world.ledger(hospital)]
+        debits = [event for event in events if event["kind"] == "debit"]
         assert debits
         seen: dict[tuple[str, int, str], set[str]] = {}
         for row in debits:
@@ -79,14 +81,17 @@ def amend_the_charter(world: World) -> None:
     """One site after the other takes the next charter, without a restart, while rounds go on; then it is in force."""
     consortium = world.consortium
     started = {site: space.get("pod", space.pod)["metadata"]["uid"] for site, space in world.spaces.items()}
-    set_env(world, 60)
+    set_env(world, ROUNDS)
     started[CENTRE] = world.centre.get("pod", world.centre.pod)["metadata"]["uid"]
     consortium.agree(2, maximum=8)
     for site in consortium.sites:
         consortium.pin(site, 2, "next")
         consortium.announced.add(site)
         number = world.status().round
-        world.upgrade(site, *(["--set", "plan.throughRound=60"] if site == CENTRE else []))
+        if site == "alice":
+            world.guide.run("helm upgrade ward", "charterNext")
+        else:
+            world.upgrade(site, *(["--set", f"plan.throughRound={ROUNDS}"] if site == CENTRE else []))
         world.story.facts.setdefault("rounds while the charter was amended", []).append(number)
     after = consortium.loaded(2).digest
     until(lambda: charter_in_force(world) == after, 600, "a round should open under the second charter")
@@ -95,7 +100,7 @@ def amend_the_charter(world: World) -> None:
     consortium.version, consortium.announced = 2, set()
     for site in consortium.sites:
         consortium.pin(site, 2, "current")
-        world.upgrade(site, *(["--set", "plan.throughRound=60"] if site == CENTRE else []))
+        world.upgrade(site, *(["--set", f"plan.throughRound={ROUNDS}"] if site == CENTRE else []))
     until(lambda: world.centre.page("/metrics").count('charter="next"') == 0, 300, "the old charter should be gone")
     world.round_over(world.status().round + 1, 300)
 
@@ -117,7 +122,7 @@ def second_study_in_mid_flight(world: World) -> None:
     for hospital in HOSPITALS:
         world.upgrade(hospital)
     number = world.wait(lambda now: now.phase in OPEN, 300, "a round should be open").round
-    world.upgrade(CENTRE, "--set", "plan.throughRound=3", study="second")
+    world.guide.run("helm upgrade centre", "plan.study=next/study.yaml", through=3)
     world.centre.rolled_out()
     world.round_over(number, 300)
     model = consortium.study("second").document.model.initial
@@ -165,7 +170,7 @@ def undo_really_undoes(world: World) -> None:
     world.upgrade(CENTRE, "--set", "plan.throughRound=1", study="first")
     centre.rolled_out()
     assert centre.get("statefulset", CENTRE)["spec"]["template"] != before
-    centre.kubectl("rollout", "undo", f"statefulset/{CENTRE}")
+    world.guide.run("kubectl rollout undo")
     centre.rolled_out()
     assert centre.get("statefulset", CENTRE)["spec"]["template"] == before
     digest = hashlib.sha256(centre.inside("cat", "/etc/wardround/plan/study.yaml").encode()).digest()
@@ -176,7 +181,7 @@ def undo_really_undoes(world: World) -> None:
 def drain_the_node(world: World) -> None:
     """The node of the centre is drained in mid-round and comes back: everything returns, the round ends."""
     node = world.centre.get("pod", world.centre.pod)["spec"]["nodeName"]
-    world.upgrade(CENTRE, "--set", "plan.throughRound=60", study="first")
+    world.upgrade(CENTRE, "--set", f"plan.throughRound={ROUNDS}", study="first")
     world.centre.rolled_out()
     number = world.wait(lambda now: now.phase in OPEN, 300, "a round should be open").round
     with cordoned(node):
@@ -188,3 +193,20 @@ def drain_the_node(world: World) -> None:
     world.round_over(number, 600)
     world.round_over(number + 1, 600)
     check_ledgers(world)
+
+
+def renew_a_certificate(world: World) -> None:
+    """A new leaf in the Secret is read by the running process; nobody is restarted, the ledger is not touched."""
+    space, before = world["alice"], world.ledger("alice")
+
+    def valid_until() -> float:
+        lines = space.page("/metrics").splitlines()
+        return next(float(one.split()[-1]) for one in lines if one.startswith("wardround_certificate_expiry_timestamp"))
+
+    started, until_then = space.get("pod", space.pod)["metadata"]["uid"], valid_until()
+    wardround("site", "renew", world.consortium.folder / "alice", "--days", 30)
+    world.guide.run("kubectl apply --namespace alice")
+    until(lambda: valid_until() != until_then, 300, "the new certificate should be read")
+    world.wait(lambda now: now.hospitals_enrolled == 4, 240, "the hospital should be connected with it")
+    assert space.get("pod", space.pod)["metadata"]["uid"] == started
+    assert world.ledger("alice")[: len(before)] == before
