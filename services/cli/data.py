@@ -16,6 +16,8 @@ from services.cli.data_findings import Finding, Kind, errors
 from services.cli.data_import import Imported, Tick, import_folder, import_ham10000
 from services.cli.data_report import as_html, as_json, show
 from services.common.errors import Reason, ServiceError
+from services.common.store.durable import replace_file
+from services.hospital_node.datacheck import RECORD
 
 app = typer.Typer(no_args_is_help=True, help="A site's images: check them, or bring them in. Nothing leaves the site.")
 importer = typer.Typer(no_args_is_help=True, help="Make a site's folder; the originals are only read.")
@@ -34,6 +36,8 @@ def check(
 ) -> None:
     """Look at every row and every picture: damaged, missing, doubled, unlabelled, with names in them.
 
+    The verdict and a digest of what was looked at go into data-check.json there, for a study that requires them.
+
     Example: wardround data check ward/ --classes bcc,mel,nv --html report.html
     """
     if not folder.is_dir():
@@ -50,6 +54,10 @@ def check(
         show(console, report, seconds)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    try:
+        replace_file(folder / RECORD, [report.record().encode()])
+    except ServiceError as error:
+        console.print(f"the verdict was not kept: {error.detail}", markup=False)
     if html is not None:
         html.write_text(as_html(report, seconds), encoding="utf-8")
         console.print(f"Report with pictures, for this site's eyes only: {html}")

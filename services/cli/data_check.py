@@ -5,6 +5,7 @@ picture is (data_images.py).
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import os
@@ -18,6 +19,7 @@ import numpy as np
 
 from services.cli.data_findings import Finding, Kind, errors
 from services.cli.data_images import SUFFIXES, Looked, look
+from services.hospital_node.datacheck import Record, dataset_digest
 from services.hospital_node.dataset import FOLD_WORDS, METADATA, UNITS, written_path
 
 NEAR = 3  # bits of 64 in which two near duplicates may differ at most
@@ -43,6 +45,7 @@ class Table:
 
     rows: list[Row] = field(default_factory=list)
     unit: str = "image"
+    sha256: bytes = b""
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -59,6 +62,12 @@ class Report:
     def passed(self) -> bool:
         """Whether a site may take part with this folder."""
         return bool(self.table.rows) and not errors(self.findings)
+
+    def record(self) -> Record:
+        """What the hospital node reads of it (datacheck.py)."""
+        digests = {one.name: one.sha256 for one in self.pictures}
+        images = {row.path: digests.get(row.path, b"") for row in self.table.rows}
+        return Record(self.passed, dataset_digest(self.table.sha256, images))
 
     def classes(self) -> dict[str, int]:
         """Rows by label, most first."""
@@ -140,6 +149,7 @@ def read_table(folder: Path, classes: Sequence[str] = ()) -> Table:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         table.findings.append(Finding(Kind.TABLE, (METADATA,), f"the table {why}"))
         return table
+    table.sha256 = hashlib.sha256(blob).digest()
     text, encoding = _decoded(blob)
     if encoding != "utf-8-sig":
         table.findings.append(Finding(Kind.TABLE, (METADATA,), "it is not UTF-8; save it as CSV in UTF-8"))

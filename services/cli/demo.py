@@ -18,6 +18,7 @@ from rich.table import Table
 
 from services.cli import demo_study, federation, passport, report, synthetic
 from services.cli.claim import claim_in_words
+from services.cli.data_check import check_folder
 from services.cli.drafts import unwritten_model, write_initial
 from services.cli.evidence import administration, collect, place, status
 from services.cli.federation import Federation
@@ -28,6 +29,8 @@ from services.cli.study import Mechanism, ServerStrategy
 from services.common.documents.study import BackboneSection, CohortSection
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role, check_id
+from services.common.store.durable import replace_file
+from services.hospital_node.datacheck import RECORD
 from wardround.admin.v1 import admin_pb2
 
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy")
@@ -317,7 +320,10 @@ def _data(output: Path, data: Path | None, hospitals: int) -> dict[str, Path]:
     if data is None:
         names = _NAMES[:hospitals]
         synthetic.write_sites(output / "data", names)
-        return {name: output / "data" / name for name in names}
+        folders = {name: output / "data" / name for name in names}
+        for folder in folders.values():  # what the demo's study requires of every site (data.require_check)
+            replace_file(folder / RECORD, [check_folder(folder, synthetic.CLASSES).record().encode()])
+        return folders
     if not data.is_dir():
         raise ServiceError(Reason.NOT_FOUND, f"{data} is not a folder: give one that holds a folder for each site")
     found = {path.name: path.resolve() for path in sorted(data.iterdir()) if (path / "metadata.csv").exists()}

@@ -13,6 +13,7 @@ from services.cli.drafts import (
 )
 from services.common.documents.study import (
     CohortSection,
+    DataSection,
     EncodingSection,
     GateSection,
     ModelSection,
@@ -116,6 +117,7 @@ def draft(
         evaluation=evaluation_section(mechanism, epsilon, delta, gate_rounds(rounds) if shared else _each(rounds)),
         gate=GateSection(largest_drop=0.3),
         server=server_section(mechanism, settings.server_rate, 0.9, rounds, strategy),
+        data=DataSection(require_check=synthetic),
         cohort=cohort,
         timing=TimingSection(
             train_seconds=train_seconds,

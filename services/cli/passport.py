@@ -14,6 +14,7 @@ from services.common.documents.costs import final_noise
 from services.common.documents.strategies import strategy_in_words
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import OUTCOME_ACCEPTED
+from services.hospital_node.events import Checked
 from services.hospital_node.ledger import parse_export
 from services.hospital_node.spending import Account
 
@@ -71,6 +72,10 @@ def passport(run: Run, units: dict[str, str]) -> dict[str, Any]:
             "epsilon_by_site_and_split": _by_site(run, solo=False),
             "epsilon_solo_by_site_and_split": _by_site(run, solo=True),
         },
+        "data": {
+            "check_required": study.data.require_check,
+            "checked_by_site": _checked_by_site(run),
+        },
         "model": {
             "version": last.result.version,
             "sha256": last.result.model.hex(),
@@ -113,6 +118,17 @@ def site_epsilon(ledger: Path, study: str, solo: bool = False) -> dict[str, floa
 def _by_site(run: Run, *, solo: bool) -> dict[str, dict[str, float | None]]:
     digest = run.study.digest.hex()
     return {folder.name: site_epsilon(folder / "ledger.jsonl", digest, solo) for folder in _hospitals(run)}
+
+
+def _checked_by_site(run: Run) -> dict[str, list[str]]:
+    """By hospital, the keyed digests (hex) of the data that passed their check, in the order of the ledger."""
+    found = {}
+    for folder in _hospitals(run):
+        entries = parse_export((folder / "ledger.jsonl").read_text().splitlines())
+        events = (entry.parsed() for entry in entries)
+        ours = run.study.digest.hex()
+        found[folder.name] = [event.data for event in events if isinstance(event, Checked) and event.study == ours]
+    return found
 
 
 def shown_epsilon(splits: dict[str, float | None], split: str, digits: int) -> str:
@@ -181,6 +197,12 @@ def markdown(content: dict[str, Any]) -> str:
         solo = privacy["epsilon_solo_by_site_and_split"][site]
         cells = [shown_with_solo(splits, solo, split, 3) for split in SPLITS]
         lines.append(f"| {site} | {' | '.join(cells)} |")
+    if content["data"]["check_required"]:
+        lines += ["", "## Data", "", "Each site's images had to pass `wardround data check`, and be the same since."]
+        lines += ["", "| site | verdict | digest of the data, under the site's secret key |", "|---|---|---|"]
+        for site, digests in content["data"]["checked_by_site"].items():
+            shown = ", then ".join(f"`{digest[:16]}…`" for digest in digests)
+            lines.append(f"| {site} | {'passed' if digests else 'nothing sent'} | {shown} |")
     lines += [
         "",
         "## Rounds",

@@ -222,6 +222,7 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
         "upload_bytes": {kind: size + boxes for kind, size in shapes.items() if size},
         "download_bytes": 4 * document.model.parameters,
         "upload_against_plain_float32": (plain.table.total_bytes + boxes) / (4 * document.model.parameters),
+        "data_check_required": document.data.require_check,
         "shortest_seconds": document.timing.train_seconds * total_rounds(study),
     }
 
@@ -254,6 +255,8 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         )
     if found["largest_split"] is not None:
         console.print(f"a validation or test split may hold {found['largest_split']} patients")
+    if found["data_check_required"]:
+        console.print("each site's images must have passed `wardround data check`, and be the same since")
 
 
 def _size(count: int) -> str:

@@ -6,7 +6,7 @@ nobody holds back other evidence, or what a sum of masks hides.
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,8 @@ from services.common.secagg.messages import (
 from services.common.secagg.ring import CHUNK_BYTES
 from services.common.secagg.signing import digest, open_signed
 from services.common.store.chain import verify_lines
-from services.hospital_node.ledger import parse_export, verify_export
+from services.hospital_node.events import Checked
+from services.hospital_node.ledger import Entry, parse_export, verify_export
 
 Say = Callable[[str], None]
 
@@ -116,7 +117,9 @@ def _verify(folder: Path, scratch: Path, say: Say) -> int:
     _check_stalled(run, chain)
     strangers = [path.name for found, path in models.items() if found not in chain.reached]
     _need(not strangers, f"no round led to the model {', '.join(strangers)}")
-    _check_sites(run)
+    checked = _check_sites(run)
+    if run.study.document.data.require_check:
+        say(f"data checked, and the same since, by the ledgers of {', '.join(checked) or 'nobody: no ledger is here'}")
     say(f"{len(models)} models in one line of descent, {chain.signatures} signatures verified")
     return chain.signatures
 
@@ -279,22 +282,43 @@ def _check_step(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _
         chain.kept[result.model] = after
 
 
-def _check_sites(run: Run) -> None:
-    """Ledgers and audit logs are whole chains; headers and receipts are known to those who should know them."""
+def _check_sites(run: Run) -> list[str]:
+    """Ledgers and audit logs are whole chains; headers and receipts are known to those who should know them.
+
+    Returns the hospitals whose ledger says before everything they sent that their data had passed the check.
+    """
+    checked = []
     for folder in sorted((run.evidence / "pods").glob("*")):
         _named(folder, partial(verify_lines, (folder / "audit.jsonl").read_bytes()))
     for folder in sorted((run.evidence / "hospitals").glob("*")):
         lines = (folder / "ledger.jsonl").read_text().splitlines()
         _named(folder, partial(verify_export, lines))
         heads = {(entry.sequence, entry.head) for entry in parse_export(lines)}
+        since = first_check(parse_export(lines), run.study.digest.hex())
+        if since is not None:
+            checked.append(folder.name)
         for one in run.rounds:
             for path in one.folder.glob(f"header-*-{folder.name}.signed"):
                 attempt = int(path.name.split("-")[1])
                 mark = decode(Header, _signed(path).blob).ledger
                 _need((mark.sequence, mark.head) in heads, f"{folder.name}: a header names a debit the ledger lacks")
+                _need(
+                    not run.study.document.data.require_check or (since is not None and since < mark.sequence),
+                    f"{folder.name}: it sent a header, and its ledger says of no data check before it",
+                )
                 held = folder / "receipts" / f"{one.number:04d}-{attempt}.signed"
                 given = one.folder / f"receipt-{attempt}-{folder.name}.signed"
                 _need(not held.exists() or held.read_bytes() == given.read_bytes(), f"{folder.name}: another receipt")
+    return checked
+
+
+def first_check(entries: Iterable[Entry], study: str) -> int | None:
+    """The number of the first event that says that the data of this study (hex) passed their check."""
+    for entry in entries:
+        event = entry.parsed()
+        if isinstance(event, Checked) and (event.study, event.verdict) == (study, "passed"):
+            return entry.sequence
+    return None
 
 
 def _named(folder: Path, check: Callable[[], object]) -> None:

@@ -10,6 +10,8 @@ from services.common.documents.policy import LoadedPolicy, load_policy
 from services.common.documents.site import DialingConfig, PinnedCharters, read
 from services.common.documents.strict import load
 from services.common.store.durable import replace_file
+from services.hospital_node.datacheck import DataCheck
+from services.hospital_node.dataset import split_key
 from services.hospital_node.policy import check_hospital
 
 
@@ -36,6 +38,7 @@ class SiteDocuments:
         self._charters = PinnedCharters(config, lambda roster: roster.hospital(config.id))
         self._policy: LoadedPolicy | None = None
         self._held: dict[bytes, LoadedCharter] = {}
+        self._data = DataCheck(config.data, lambda: split_key(config.state))
 
     def charters(self) -> dict[bytes, LoadedCharter]:
         """The pinned charters by digest, the current one first. Raises INVALID_DOCUMENT."""
@@ -55,6 +58,10 @@ class SiteDocuments:
                 replace_file(folder / f"{digest.hex()}.yaml", [charter.blob])
         self._held |= pinned
         return dict(self._held)
+
+    def checked_data(self) -> str:
+        """The keyed digest, hex, of images that passed their check and are those still. Raises POLICY_REFUSES."""
+        return self._data.told()
 
     def policy(self) -> LoadedPolicy:
         """The policy in force now. Raises INVALID_DOCUMENT, also for another hospital's."""

@@ -1,4 +1,5 @@
-"""What a ledger's events say: a study was joined, a vector was debited, a debit was worse than thought (privacy.md §7).
+"""What a ledger's events say: a study was joined, a vector was debited, a debit was worse than thought, the data were
+checked (privacy.md §7).
 
 Their bytes are canonical JSON with a `kind`; a kind or field that is not known is refused, never skipped. They hold
 what happened, never ε. Not here: the chain that binds them (ledger.py), what they cost (spending.py).
@@ -103,8 +104,25 @@ class Exposed:
     reason: str
 
 
-LedgerEvent = Joined | Debit | Exposed
-_KINDS: dict[str, type[Joined] | type[Debit] | type[Exposed]] = {"joined": Joined, "debit": Debit, "exposed": Exposed}
+@dataclass(frozen=True)
+class Checked:
+    """The data that the study's following vectors are made from passed their check (`data.require_check`, ADR 0016).
+
+    `data` is the data set's digest under the site's secret key, hex: the same data, the same value, and no more.
+    """
+
+    study: str
+    data: str
+    verdict: str = "passed"
+
+
+LedgerEvent = Joined | Debit | Exposed | Checked
+_KINDS: dict[str, type[Joined] | type[Debit] | type[Exposed] | type[Checked]] = {
+    "joined": Joined,
+    "debit": Debit,
+    "exposed": Exposed,
+    "checked": Checked,
+}
 _NAMES = {cls: kind for kind, cls in _KINDS.items()}
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.messages import LedgerMark
 from services.common.store.database import Database
-from services.hospital_node.events import Debit, Exposed, Joined, LedgerEvent, decode_event, encode_event
+from services.hospital_node.events import Checked, Debit, Exposed, Joined, LedgerEvent, decode_event, encode_event
 from services.hospital_node.spending import Account
 
 _LABEL = b"wardround/v1/ledger\x00"
@@ -100,10 +100,21 @@ class Ledger:
             mark = following
         return mark
 
-    def debit(self, connection: sqlite3.Connection, joining: Joined, debits: Iterable[Debit]) -> LedgerMark:
-        """Append the debits of one vector; before the first ones of a study, that it was `joining`."""
-        first = joining.study not in self.account().joined
-        return self.append(connection, (*((joining,) if first else ()), *debits))
+    def debit(
+        self,
+        connection: sqlite3.Connection,
+        joining: Joined,
+        debits: Iterable[Debit],
+        checked: Checked | None = None,
+    ) -> LedgerMark:
+        """Append the debits of one vector; before the first ones of a study, that it was `joining`.
+
+        `checked`, where the study requires it, stands before them unless the study's last one said the same.
+        """
+        first = [joining] if joining.study not in self.account().joined else []
+        seen = [event for event in self.events() if isinstance(event, Checked) and event.study == joining.study]
+        news = [checked] if checked is not None and checked not in seen[-1:] else []
+        return self.append(connection, (*first, *news, *debits))
 
     def expose(self, connection: sqlite3.Connection, study: str, round_number: int, reason: str) -> None:
         """L-3: from now on the round's debits count with the own noise alone. Nothing when it has none, or already."""

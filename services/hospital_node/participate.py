@@ -4,8 +4,7 @@
     consent → model → evaluation and training → x on disk → [manifest] → checks → y made, its seeds on disk
     → ONE transaction {pending record, debit} → upload → receipt → [result] → membership → scrub
 Killed anywhere: a pending record is sent again byte for byte; x is reused under the next attempt with an abandon
-certificate; before that a new vector is drawn. `checkpoint(name)` is
-passed at each of `ports.STEPS`: a test kills there.
+certificate; before that a new vector is drawn. `checkpoint(name)` is passed at each of `ports.STEPS`: tests kill there.
 Not here: the loop and its threads (node.py), what makes an attempt valid (attempt.py).
 """
 
@@ -27,6 +26,8 @@ from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.attempt import check_attempt
 from services.hospital_node.client import AggregatorClient, Phase, RoundState, Upload
+from services.hospital_node.datacheck import require_check
+from services.hospital_node.events import Checked
 from services.hospital_node.ledger import Ledger
 from services.hospital_node.policy import Projection, decide, decide_study
 from services.hospital_node.ports import Consents, Progress, Trainer
@@ -72,6 +73,7 @@ class Participation:
         self.progress = Progress()
         self._studies: dict[bytes, LoadedStudy] = {}
         self._checked: set[bytes] = set()  # charters that the study of `_studies` was held against
+        self._data: Checked | None = None  # where the study requires a check of them
         self._drawn: Vector | None = None  # x that this life wrote: masked once without being looked at again
         self._shown: tuple[bytes, bytes, LedgerMark] | None = None  # what `progress.figures` were computed from
 
@@ -154,6 +156,7 @@ class Participation:
         refusal = decide(self._consents.policy(), charter, study, projection, today)
         if refusal is not None:
             raise refusal
+        self._data = require_check(study, self._consents, self._trainer, self._data)
         self._checkpoint("consented")
 
     def _prepare(
@@ -238,7 +241,7 @@ class Participation:
         joining = joined or study_plan(charter, study, self._consents.policy())
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
-            mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits)
+            mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits, self._data)
             header = sign_header(masked, checked, self.hospital, mark, self._signer)
             pending = Submission(
                 study=study.digest,
@@ -374,18 +377,10 @@ class Participation:
 
     def privacy(self, study: bytes) -> dict[str, float]:
         """ε as ledger and policy have it now: functions of the study and the rounds, not of the data."""
-        policy, digest_hex, account = self._consents.policy(), study.hex(), self.ledger.account()
+        policy = self._consents.policy()
         allowed = policy.allowed(study)
         caps = Caps(policy.document.dataset_epsilon, policy.document.dataset_delta)
-        spent, dataset = account.study(digest_hex), account.dataset(caps).epsilon
-        return {
-            "epsilon_spent": spent,
-            "epsilon_left": max(0.0, (allowed.epsilon if allowed is not None else 0.0) - spent),
-            "epsilon_solo": account.study(digest_hex, solo=True),
-            "dataset_epsilon_spent": dataset,
-            "dataset_epsilon_left": max(0.0, caps.epsilon - dataset),
-            "dataset_epsilon_solo": account.dataset(caps, solo=True).epsilon,
-        }
+        return self.ledger.account().figures(study.hex(), allowed.epsilon if allowed is not None else 0.0, caps)
 
     def _figures(self, study: LoadedStudy) -> None:
         basis = (study.digest, self._consents.policy().digest, self.ledger.mark())

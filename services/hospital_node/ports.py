@@ -49,6 +49,10 @@ class Trainer(Protocol):
         """Exact counts of the model over one split; every patient votes once."""
         ...
 
+    def reopen(self) -> None:
+        """The images have changed: read them again before they are next used."""
+        ...
+
     def forget(self) -> None:
         """Drop the checkpoint: the round's vector is stored, or will never be sent."""
         ...
@@ -67,6 +71,10 @@ class Consents(Protocol):
 
     def policy(self) -> LoadedPolicy:
         """The policy in force now."""
+        ...
+
+    def checked_data(self) -> str:
+        """The keyed digest, hex, of the images while they are those that passed their check; else POLICY_REFUSES."""
         ...
 
 

@@ -57,6 +57,18 @@ class Account:
         """Hex digests, in the order in which they were joined."""
         return tuple(dict.fromkeys((*self.joined, *(debit.study for debit in self.debits))))
 
+    def figures(self, study: str, study_cap: float, caps: Caps) -> dict[str, float]:
+        """What is shown of a study (hex) and its data set, by the names of metrics and status."""
+        spent, dataset = self.study(study), self.dataset(caps).epsilon
+        return {
+            "epsilon_spent": spent,
+            "epsilon_left": max(0.0, study_cap - spent),
+            "epsilon_solo": self.study(study, solo=True),
+            "dataset_epsilon_spent": dataset,
+            "dataset_epsilon_left": max(0.0, caps.epsilon - dataset),
+            "dataset_epsilon_solo": self.dataset(caps, solo=True).epsilon,
+        }
+
     def splits(self, study: str, solo: bool = False) -> dict[str, float]:
         """ε of one study by split at its own δ; infinite where something left without noise (`none`)."""
         return self._splits([debit for debit in self._laws if debit.study == study], solo)

@@ -66,6 +66,10 @@ class SiteTrainer:
         dataset, inputs = self._open(study, lambda: False)
         return evaluate(self._vector(study, model), dataset, split, study.document, self._compute, inputs)
 
+    def reopen(self) -> None:
+        """The images have changed: they are read again for the next round."""
+        self._opened = None
+
     def forget(self) -> None:
         """Drop the checkpoint of the round."""
         discard_progress(self._progress)

@@ -46,6 +46,13 @@ def test_passport_names_what_was_spent_and_says_synthetic(demo: Path) -> None:
     assert content["privacy"]["unit"] == "patient"
     assert content["study"]["synthetic_data"] is True
     assert "Synthetic data" in (demo / "passport.md").read_text()
+    assert content["data"]["check_required"] is True
+    digests = content["data"]["checked_by_site"]
+    assert len({digest for (digest,) in digests.values()}) == len(digests) == 4
+    assert "| alice | passed |" in (demo / "passport.md").read_text()
+    said: list[str] = []
+    verify_run(demo, said.append)
+    assert "data checked, and the same since, by the ledgers of alice, bob, carol, dave" in said
     assert (demo / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
     assert (demo / "model.safetensors").exists()
 

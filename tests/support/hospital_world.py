@@ -236,5 +236,8 @@ class FixedTrainer:
         self._note(f"evaluate {split}")
         return FixedCounts(np.array([5, 3]), np.array([8, 4]), np.array([[5, 3], [1, 3]]), np.ones((2, 2, 4), np.int64))
 
+    def reopen(self) -> None:
+        self._note("reopen")
+
     def forget(self) -> None:
         self._note("forget")

@@ -148,6 +148,16 @@ class ServerSection(Section):
     averaging_rounds: int = Field(default=1, ge=1, description="of tail: the last so many training rounds")
 
 
+class DataSection(Section):
+    """What a study asks of each site's images before they are used."""
+
+    require_check: bool = Field(
+        default=False,
+        description="only data that passed `wardround data check` and have not changed since; verdict and keyed "
+        "digest stand in the signed ledger",
+    )
+
+
 class CohortSection(Section):
     """At least the charter's."""
 
@@ -179,6 +189,7 @@ class Study(Document):
     evaluation: EvaluationSection = EvaluationSection()
     gate: GateSection = GateSection()
     server: ServerSection = ServerSection()
+    data: DataSection = DataSection()
     cohort: CohortSection
     timing: TimingSection
 
