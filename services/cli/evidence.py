@@ -11,6 +11,7 @@ from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.certificates import server_name
 from services.common.rpc.channel import dial
+from services.common.rpc.errors import from_rpc_error
 from services.common.rpc.leaf import LeafFiles, LeafWatch
 from services.common.rpc.unix import dial_admin
 from wardround.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -40,11 +41,16 @@ def status(stub: admin_pb2_grpc.AdministrationServiceStub) -> admin_pb2.Status |
 
 
 def collect(stub: admin_pb2_grpc.AdministrationServiceStub, folder: Path) -> int:
-    """Write all evidence of one site under `folder`; how many files. Raises UNREACHABLE, MALFORMED for a bad path."""
+    """Write all evidence of one site under `folder`; how many files. Raises UNREACHABLE, MALFORMED for a bad path.
+
+    A process that was started a moment ago is waited for.
+    """
     try:
-        return write_parts(stub.ExportEvidence(admin_pb2.ExportEvidenceRequest(), timeout=600), folder)
+        parts = stub.ExportEvidence(admin_pb2.ExportEvidenceRequest(), timeout=600, wait_for_ready=True)
+        return write_parts(parts, folder)
     except grpc.RpcError as error:
-        raise ServiceError(Reason.UNREACHABLE, f"the evidence for {folder.name} did not come: {error}") from error
+        why = from_rpc_error(error).detail
+        raise ServiceError(Reason.UNREACHABLE, f"the evidence of {folder.name} did not come: {why}") from error
 
 
 def write_parts(parts: Iterable[admin_pb2.ExportEvidenceResponse], folder: Path) -> int:
