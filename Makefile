@@ -54,9 +54,9 @@ demo: setup ## a whole federation on this machine (DATA=DIR for real images, ARG
 	@$(BIN)/wardround demo --output build/demo $(if $(DATA),--data $(DATA)) $(ARGS)
 	@$(BIN)/wardround verify build/demo
 
-bench: bench-secagg bench-round bench-noise bench-shared ## all measured figures
+bench: bench-secagg bench-round bench-noise bench-shared bench-simulate ## all measured figures
 
-bench-%: setup ## one of them: bench-secagg, bench-round, bench-noise, bench-shared
+bench-%: setup ## one of them: bench-secagg, bench-round, bench-noise, bench-shared, bench-simulate
 	$(BIN)/python bench/$(subst -,_,$*).py
 
 e2e-kubernetes: setup ## a consortium's whole life on the cluster that KUBECONFIG points to (after `make images`)

@@ -3,13 +3,16 @@
 import datetime
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.cli.files import refuse_existing, write_new
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.costs import NOISE_ROOM, spare_rounds
+from services.common.documents.emit import emit
 from services.common.documents.policy import AllowedStudy, Policy
+from services.common.documents.shape import check_study
 from services.common.documents.study import (
     BackboneSection,
     CohortSection,
@@ -21,6 +24,7 @@ from services.common.documents.study import (
     Study,
     TimingSection,
     TrainingSection,
+    load_study,
 )
 from services.common.dp.accounting import calibrate
 from services.common.errors import Reason, ServiceError
@@ -37,7 +41,12 @@ _STRATEGY_FIELDS = {  # to begin with; what they were tuned to on four sites is 
 }
 
 
-@dataclass(frozen=True)
+def a_year_from_now() -> datetime.date:
+    """When a draft expires where nobody says."""
+    return datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(365)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DraftChoices:
     """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex.
 
@@ -45,23 +54,34 @@ class DraftChoices:
     mechanism.
     """
 
-    name: str
-    purpose: str
     classes: tuple[str, ...]
-    architecture: str
-    backbone: str | None
-    weights: str | None
-    image_size: int
-    rounds: int
-    mechanism: str
-    epsilon: float
-    delta: float
-    patients: int
-    sampling_rate: float | None
-    steps: int | None
-    strategy: str | None
-    seed: int
-    expires: datetime.date
+    name: str = "first-study"
+    purpose: str = "State here what this study is for."
+    architecture: str = "small-cnn"
+    backbone: str | None = None
+    weights: str | None = None
+    image_size: int = 64
+    rounds: int = 20
+    mechanism: str = "local"
+    epsilon: float = 8.0
+    delta: float = 1e-5
+    patients: int = 1000
+    sampling_rate: float | None = None
+    steps: int | None = None
+    strategy: str | None = None
+    seed: int = 1
+    expires: datetime.date = field(default_factory=a_year_from_now)
+
+
+def write_draft(charter: LoadedCharter, choices: DraftChoices, folder: Path) -> LoadedStudy:
+    """study.yaml and v0.safetensors in `folder`, checked against the charter. Raises CONFLICT where one exists."""
+    target, model = folder / "study.yaml", folder / "v0.safetensors"
+    refuse_existing([target, model])
+    blob = emit(draft_study(charter, choices, model), comments=True)
+    loaded = load_study(blob, str(target))
+    check_study(charter, loaded)
+    write_new(target, blob)
+    return loaded
 
 
 def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) -> Study:

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from services.cli.claim import claim, claim_in_words, up
 from services.cli.drafts import torch_side
-from services.cli.files import refuse_existing
-from services.cli.simulate_output import FILES, write_output
+from services.cli.simulate_output import FILES, check_output, write_output
 
 
 class Partition(StrEnum):
@@ -55,7 +54,7 @@ def simulate(
     from services.simulation.simulate import simulate as run
 
     if output is not None:
-        refuse_existing([output / name for name in FILES])
+        check_output(output)
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     division = Division(partition.value, hospitals, column, alpha, seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

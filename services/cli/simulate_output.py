@@ -11,11 +11,16 @@ from services.simulation.simulate import Simulation
 FILES = ("history.json", "model.safetensors", "curve.png")
 
 
+def check_output(folder: Path) -> None:
+    """Raise CONFLICT before anything is computed, where one of `FILES` exists."""
+    refuse_existing([folder / name for name in FILES])
+
+
 def write_output(found: Simulation, folder: Path) -> None:
     """Write all of `FILES` into `folder`. Raises CONFLICT where one of them exists, STORAGE."""
     from services.hospital_node.models import write_model_file
 
-    refuse_existing([folder / name for name in FILES])
+    check_output(folder)
     with storing(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     write_new(folder / "history.json", json.dumps(found.as_json(), indent=2, allow_nan=False).encode() + b"\n")

@@ -14,11 +14,9 @@ from rich.table import Table
 
 from services.cli.claim import claim, claim_in_words, up
 from services.cli.curve import draw, sketch, training_curve
-from services.cli.drafts import DraftChoices, draft_study
-from services.cli.files import refuse_existing, write_new
+from services.cli.drafts import DraftChoices, a_year_from_now, write_draft
 from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.costs import spare_rounds, split_figures, study_events
-from services.common.documents.emit import emit
 from services.common.documents.shape import check_study, largest_batch, largest_split, round_shape, total_rounds
 from services.common.documents.site import read
 from services.common.documents.strategies import strategy_in_words
@@ -126,11 +124,6 @@ def draft(
     study/
     """
     held = _charter_or_assumed(charter, hospitals)
-    target, model = out / "study.yaml", out / "v0.safetensors"
-    refuse_existing([target, model])
-    day = (
-        expires.date() if expires is not None else datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(365)
-    )
     choices = DraftChoices(
         name=name,
         purpose=purpose,
@@ -148,15 +141,11 @@ def draft(
         steps=steps,
         strategy=strategy.value if strategy is not None else None,
         seed=seed,
-        expires=day,
+        expires=expires.date() if expires is not None else a_year_from_now(),
     )
-    document = draft_study(held, choices, model)
-    blob = emit(document, comments=True)
-    loaded = load_study(blob, str(target))
-    check_study(held, loaded)
-    write_new(target, blob)
+    loaded, target = write_draft(held, choices, out), out / "study.yaml"
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{target} and {model} ({document.model.parameters} parameters)")
+    console.print(f"{target} and {out / 'v0.safetensors'} ({loaded.document.model.parameters} parameters)")
     _show(console, figures(held, loaded))
     then = f"simulate {target} --data FOLDER" if charter is None else f"study check {target} --charter {charter}"
     console.print(f"next: edit it, then wardround {then}")

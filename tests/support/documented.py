@@ -1,7 +1,7 @@
 """Commands that the documents tell people to type: fenced blocks by their title.
 
-`laptop` blocks run here as they stand; `site` lines must parse against the real command line; `kubernetes` lines
-name real charts and values, and the end-to-end test on a cluster runs them (kubernetes_guide.py).
+`laptop` blocks, of shell and of Python, run here as they stand; `site` lines must parse against the real command line;
+`kubernetes` lines name real charts and values, and the end-to-end test on a cluster runs them (kubernetes_guide.py).
 """
 
 import re
@@ -15,7 +15,8 @@ from typer.main import get_command
 from services.cli.__main__ import app
 
 _BLOCK = re.compile(r'^```bash title="([a-z]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-_ANY = re.compile(r"^```bash", re.MULTILINE)
+_PYTHON = re.compile(r'^```python title="([a-z]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+_ANY = re.compile(r"^```(bash|python)", re.MULTILINE)
 
 
 def commands(path: Path, title: str) -> list[list[str]]:
@@ -28,10 +29,15 @@ def commands(path: Path, title: str) -> list[list[str]]:
     return [words for words in found if words]
 
 
+def programs(path: Path, title: str) -> list[str]:
+    """The Python of the blocks of that title, in order: each runs in a process of its own."""
+    return [block[2] for block in _PYTHON.finditer(path.read_text()) if block[1] == title]
+
+
 def untitled(path: Path) -> int:
-    """Blocks of shell without a title: nothing would hold them to what is real."""
+    """Blocks of shell or Python without a title: nothing would hold them to what is real."""
     text = path.read_text()
-    return len(_ANY.findall(text)) - len(_BLOCK.findall(text))
+    return len(_ANY.findall(text)) - len(_BLOCK.findall(text)) - len(_PYTHON.findall(text))
 
 
 def parse(words: Sequence[str]) -> None:
