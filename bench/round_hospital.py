@@ -34,7 +34,13 @@ class NoTraining:
         self._update: npt.NDArray[np.float64] | None = None
 
     def train(
-        self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
+        self,
+        study: LoadedStudy,
+        round_number: int,
+        model: Path,
+        model_digest: bytes,
+        should_stop: Callable[[], bool],
+        control: npt.NDArray[np.float32] | None,
     ) -> npt.NDArray[np.float64] | None:
         """The same update in every round (d)."""
         if self._update is None:

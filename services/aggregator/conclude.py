@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.aggregator import facts, gate, metrics
-from services.aggregator.modelfile import BLOCK, read_scalars, rewrite
+from services.aggregator.next_model import next_model
 from services.aggregator.round import State
 from services.aggregator.store import Store
-from services.aggregator.strategy import server_step
-from services.aggregator.tally import SumCheck, class_blocks, class_sums, unmask
+from services.aggregator.tally import SumCheck, class_sums, unmask
 from services.common.documents.study import LoadedStudy
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import blob as codec
@@ -50,11 +49,14 @@ class Outcome:
 
 
 def conclude(
-    state: State, table: LaneTable, study: LoadedStudy, store: Store, *, signer: Signer, at: int
+    state: State, table: LaneTable, study: LoadedStudy, store: Store, *, hospitals: int, signer: Signer, at: int
 ) -> facts.Concluded:
-    """The fact that ends the round of `state` (phase VERIFIED, every chosen sum on disk). Raises STORAGE."""
+    """The fact that ends the round of `state` (phase VERIFIED, every chosen sum on disk). Raises STORAGE.
+
+    `hospitals`: N, those of the round's charter.
+    """
     outcome = (
-        _tally(state, table, study, store)
+        _tally(state, table, study, store, hospitals)
         if state.chosen
         else _rejected(state, "the pods' sums differ and no majority agrees", ZERO_DIGEST, ZERO_DIGEST)
     )
@@ -87,7 +89,7 @@ def conclude(
     )  # fmt: skip
 
 
-def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> Outcome:
+def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store, hospitals: int) -> Outcome:
     place = (state.round, state.attempt)
     vectors = [store.vectors.submission(*place, state.submissions[who].header_digest) for who in state.members]
     pieces = [store.vectors.piece(*place, pod, piece) for piece, pod in enumerate(state.chosen)]
@@ -96,8 +98,9 @@ def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> 
     document = study.document
     names = {lane.name for lane in table.lanes}
     if "parameter" in names and document.privacy.mechanism != "shared":
-        lane = table.lane_class("parameter")
-        check.check_norm(document.encoding.update_clip, lane.values, lane.fraction_bits)
+        check.check_norm("parameter", document.encoding.update_clip)
+        if "control" in names:
+            check.check_norm("control", document.encoding.control_clip)
     if check.fault:
         return _rejected(state, check.fault, check.digest.result(), sum_file)
     path = store.blobs.path(sum_file)
@@ -123,7 +126,7 @@ def _tally(state: State, table: LaneTable, study: LoadedStudy, store: Store) -> 
     model, version, kept = state.model, state.version, state.kept
     if "parameter" in names:
         try:
-            model, kept = _step(state, table, study, store, path)
+            model, kept = _step(state, table, study, store, hospitals, path)
             version = state.newest_version + 1
         except ServiceError as error:
             if error.reason is not Reason.NOT_FINITE:
@@ -165,14 +168,14 @@ def _judge(
     return figures, sums, verdict
 
 
-def _step(state: State, table: LaneTable, study: LoadedStudy, store: Store, path: Path) -> tuple[bytes, bytes]:
+def _step(
+    state: State, table: LaneTable, study: LoadedStudy, store: Store, hospitals: int, path: Path
+) -> tuple[bytes, bytes]:
     """(the next model, what is kept beside it) by digest, both on the disk. Raises NOT_FINITE."""
-    lane = table.lane_class("parameter")
     kept = store.blobs.path(state.kept) if state.kept else None
-    step = server_step(study.document, state.round, len(state.members), lane.fraction_bits, read_scalars(kept))
-    model = store.blobs.path(state.model)
-    pairs = rewrite(model, kept, lane.values, class_blocks(table, "parameter", path, BLOCK), step)
-    if not step.slots:
+    model, members = store.blobs.path(state.model), len(state.members)
+    keeps, pairs = next_model(study.document, state.round, members, hospitals, table, model, kept, path)
+    if not keeps:
         return store.blobs.write(numbers for numbers, _ in pairs), b""
     with store.blobs.partial("kept", 0) as file:
 

@@ -1,9 +1,9 @@
 """The model file, and what the server keeps beside it, rewritten block by block (docs: "Model file"). Memory O(block).
 
 A model file is a safetensors file of F32 tensors, names ascending, data contiguous and nothing else: the header's
-bytes are copied. A kept file is u32 length, JSON of the scalars, then for each block of `BLOCK` parameters its
-slots one after the other, float64 little-endian. It is a function of the study and of the sums of accepted rounds, so
-nobody signs it: `verify` makes it again.
+bytes are copied. Under scaffold one more tensor, `CONTROL`, may follow (next_model.py). A kept file is u32 length, JSON
+of the scalars, then for each block of `BLOCK` parameters its slots one after the other, float64 little-endian. It is a
+function of the study and of the sums of accepted rounds, so nobody signs it: `verify` makes it again.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,11 @@ _MOST_HEADER = 1 << 22
 
 def check_model_file(path: Path, parameters: int) -> int:
     """The offset of the data. Raises INVALID_DATA for any file that is not in the one layout, or of another length."""
+    return read_header(path, parameters)[1]
+
+
+def read_header(path: Path, numbers: int) -> tuple[dict[str, Any], int]:
+    """(the header, the offset of the data) of a file of `numbers` numbers. Raises as `check_model_file`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -41,9 +47,9 @@ def check_model_file(path: Path, parameters: int) -> int:
                 end = stop
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _bad(path, "its header is not that of a safetensors file") from error
-    if end != size - 8 - length or end != 4 * parameters:
-        raise _bad(path, f"it holds {end // 4} numbers, the study has {parameters}")
-    return 8 + length
+    if end != size - 8 - length or end != 4 * numbers:
+        raise _bad(path, f"it holds {end // 4} numbers, the study has {numbers}")
+    return header, 8 + length
 
 
 def read_scalars(kept: Path | None) -> Scalars:

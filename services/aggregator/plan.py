@@ -16,12 +16,12 @@ from services.aggregator.modelfile import check_model_file
 from services.aggregator.store import Store
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.shape import check_study, total_rounds
+from services.common.documents.strategies import HEADER_ROOM
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 from services.common.observe.http import Health
 
 _log = logging.getLogger(__name__)
-_HEADER_ROOM = 1 << 20  # a model file is its numbers and at most this much safetensors header
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Plans:
         parameters, blobs = study.document.model.parameters, self._store.blobs
         if blobs.has(digest):
             return f"the initial model of study {study.document.name} was here already"
-        if size > 4 * parameters + _HEADER_ROOM:
+        if size > 4 * parameters + HEADER_ROOM:
             raise ServiceError(
                 Reason.TOO_LARGE,
                 f"a file of {size} bytes is no model of {parameters} parameters, as study {study.document.name} has: "

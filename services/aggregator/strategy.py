@@ -67,7 +67,7 @@ def server_step(study: Study, number: int, members: int, fraction_bits: int, bef
     averaged = before.averaged + int(_averages(server, study.rounds, number))
     scalars, slots = Scalars(steps, averaged, before.variance), 0
     match server.strategy:
-        case "fedavg":
+        case "fedavg" | "scaffold":  # of scaffold's two server steps the one of the model; c's is in next_model.py
             rule = fedavg(server.learning_rate, members)
         case "fedavgm":
             rule, slots = fedavgm(server.learning_rate, server.momentum, members), 1

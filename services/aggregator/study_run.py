@@ -215,7 +215,8 @@ class StudyRun:
 
     def conclude(self, state: State, at: int) -> f.Concluded:
         """Tally and sign the result of the round in `state` (phase VERIFIED). Raises STORAGE."""
-        return conclude(state, self.table, self.study, self._store, signer=self._signer, at=at)
+        hospitals = len(self.rules.roster.hospitals)
+        return conclude(state, self.table, self.study, self._store, hospitals=hospitals, signer=self._signer, at=at)
 
     def _fold(self, fact: f.Fact) -> None:
         self.state = evolve(self.state, fact)

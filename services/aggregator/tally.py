@@ -77,7 +77,7 @@ def _read(path: Path, offset: int, length: int) -> U8:
 
 @dataclass
 class SumCheck:
-    """Looks at the chunks of Σ as they pass: digest, sentinels, range of every lane, norm of the update.
+    """Looks at the chunks of Σ as they pass: digest, sentinels, range of every lane, norms of update and control.
 
     `fault` is the first reason to reject the sum, "" while there is none; the digest is taken all the same.
     """
@@ -85,7 +85,7 @@ class SumCheck:
     table: LaneTable
     size: int  # |U|
     fault: str = ""
-    square: float = 0.0  # sum of squares of the decoded parameters
+    squares: dict[str, float] = field(default_factory=dict)  # by class: sum of squares of the decoded values
     digest: VectorDigest = field(init=False)
     _lane: int = 0
 
@@ -116,15 +116,16 @@ class SumCheck:
         highest = max(int(part.max()), -int(part.min()))
         if highest > self.size * bound and not self.fault:
             self.fault = f"a lane of {name} sums to {highest}, at most {self.size}*{bound} is possible"
-        if name == "parameter":
+        if name in ("parameter", "control"):
             scaled = part.astype(np.float64)
-            self.square += float(scaled @ scaled) * 4.0**-fraction_bits
+            self.squares[name] = self.squares.get(name, 0.0) + float(scaled @ scaled) * 4.0**-fraction_bits
 
-    def check_norm(self, largest: float, parameters: int, fraction_bits: int) -> None:
+    def check_norm(self, name: str, largest: float) -> None:
         """||Σ|| against |U|·C, with one unit of rounding in every coordinate of every hospital (protocol.md §7)."""
-        room = self.size * (largest * (1 + 2.0**-20) + 2.0**-fraction_bits * float(np.sqrt(parameters)))
-        if self.square > room * room and not self.fault:
-            self.fault = f"the sum's norm is {self.square**0.5:.6g}, at most {room:.6g} is possible"
+        lane, square = self.table.lane_class(name), self.squares.get(name, 0.0)
+        room = self.size * (largest * (1 + 2.0**-20) + 2.0**-lane.fraction_bits * float(np.sqrt(lane.values)))
+        if square > room * room and not self.fault:
+            self.fault = f"the norm of the {name} lanes' sum is {square**0.5:.6g}, at most {room:.6g} is possible"
 
 
 def class_sums(table: LaneTable, name: str, sum_file: Path) -> I64:

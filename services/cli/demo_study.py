@@ -83,7 +83,7 @@ def draft(
 
     Raises OUT_OF_BOUND where no noise gives `epsilon`.
     """
-    private, shared = mechanism != "none", mechanism == "shared"
+    private, shared, scaffold = mechanism != "none", mechanism == "shared", strategy == "scaffold"
     train_seconds = settings.shared_seconds if shared else settings.train_seconds
     return Study(
         wardround="study/v1",
@@ -108,14 +108,14 @@ def draft(
         training=training_section(
             mechanism,
             settings.learning_rate if private else settings.plain_rate,
-            momentum=0.0 if private else 0.9,
+            momentum=0.0 if private or scaffold else 0.9,
             micro_batch=64 if model.parameters < 1_000_000 else 8,  # DP holds a gradient of all parameters for each
             class_frequencies=_public_shares(model.classes),
             local_steps=settings.plain_steps,
         ),
         encoding=EncodingSection(update_clip=50.0, update_bound=4.0),
         evaluation=evaluation_section(mechanism, epsilon, delta, gate_rounds(rounds) if shared else _each(rounds)),
-        gate=GateSection(largest_drop=0.3),
+        gate=GateSection(largest_drop=1.0 if scaffold else 0.3),
         server=server_section(mechanism, settings.server_rate, 0.9, rounds, strategy),
         data=DataSection(require_check=synthetic),
         cohort=cohort,

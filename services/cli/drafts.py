@@ -37,6 +37,7 @@ _STRATEGY_FIELDS = {  # to begin with; what they were tuned to on four sites is 
     "fedavgm": {"learning_rate": 0.3, "momentum": 0.9},
     "fedadam": {"learning_rate": 0.03, "momentum": 0.9},
     "fedyogi": {"learning_rate": 0.03, "momentum": 0.9},
+    "scaffold": {},
     "adam": {"learning_rate": 0.03, "momentum": 0.9},
 }
 
@@ -113,7 +114,12 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
             cohort=cohort,
             largest_cohort=ours.maximum,
         ),
-        training=training_section(choices.mechanism, 0.5 if head else 0.1, momentum=0.9, local_steps=steps),
+        training=training_section(
+            choices.mechanism,
+            0.5 if head else 0.1,
+            momentum=0.0 if choices.strategy == "scaffold" else 0.9,
+            local_steps=steps,
+        ),
         evaluation=evaluation_section(choices.mechanism, choices.epsilon, choices.delta, gates),
         server=server_section(choices.mechanism, 3.0 if head else 0.5, 0.9, choices.rounds, choices.strategy),
         cohort=cohort,

@@ -19,7 +19,7 @@ from services.common.documents.charter import LoadedCharter, load_charter
 from services.common.documents.costs import spare_rounds, split_figures, study_events
 from services.common.documents.shape import check_study, largest_batch, largest_split, round_shape, total_rounds
 from services.common.documents.site import read
-from services.common.documents.strategies import strategy_in_words
+from services.common.documents.strategies import model_numbers, strategy_in_words
 from services.common.documents.study import LoadedStudy, Study, load_study
 from services.common.dp.accounting import COARSE, epsilon, epsilon_gaussian_closed_form, epsilon_rdp
 from services.common.dp.prv import epsilon_prv
@@ -47,6 +47,7 @@ class ServerStrategy(StrEnum):
     fedavgm = "fedavgm"
     fedadam = "fedadam"
     fedyogi = "fedyogi"
+    scaffold = "scaffold"
     sgd = "sgd"
     adam = "adam"
 
@@ -209,7 +210,7 @@ def figures(charter: LoadedCharter, study: LoadedStudy) -> dict[str, Any]:
         "largest_batch": largest_batch(charter, study),
         "parameters": document.model.parameters,
         "upload_bytes": {kind: size + boxes for kind, size in shapes.items() if size},
-        "download_bytes": 4 * document.model.parameters,
+        "download_bytes": 4 * model_numbers(document),
         "upload_against_plain_float32": (plain.table.total_bytes + boxes) / (4 * document.model.parameters),
         "data_check_required": document.data.require_check,
         "shortest_seconds": document.timing.train_seconds * total_rounds(study),

@@ -16,9 +16,7 @@ import typer
 from rich.console import Console
 
 from services.aggregator.conclude import released_figures
-from services.aggregator.modelfile import BLOCK, read_scalars, rewrite
-from services.aggregator.strategy import server_step
-from services.aggregator.tally import class_blocks
+from services.aggregator.next_model import next_model
 from services.cli.run import Round, Run, check_sums, load_run
 from services.common.documents.charter import LoadedCharter, load_signatures
 from services.common.documents.shape import check_study, core_for, round_shape
@@ -163,7 +161,7 @@ def _check_round(run: Run, one: Round, chain: _Chain) -> None:
     close = check_close(_signed(one.folder / "close.signed"), charter.roster)
     _need((close.study, close.round) == (run.study.digest, one.number), "another close")
     chain.signatures += 1
-    _check_sum(run, one, table, cohort, chain)
+    _check_sum(run, one, table, cohort, chain, len(charter.roster.hospitals))
     chain.result, chain.model = digest("result", one.signed.blob), result.model
     chain.reached.add(result.model)
 
@@ -240,7 +238,7 @@ def _check_pieces(one: Round, checked: CheckedManifest, cohort: Cohort, chain: _
     _need(not differ or told, f"the pods' sums of pieces {differ} differ, and the result does not say so (P-23)")
 
 
-def _check_sum(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _Chain) -> None:
+def _check_sum(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _Chain, hospitals: int) -> None:
     result, path = one.result, one.folder / "sum.bin"
     if result.sum == ZERO_DIGEST:
         _need(result.outcome != OUTCOME_ACCEPTED, "accepted without a sum")
@@ -260,25 +258,24 @@ def _check_sum(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _C
         _need(result.model in chain.models, "it rolls back to an unknown model")
         return
     if "parameter" in {lane.name for lane in table.lanes}:
-        _check_step(run, one, table, cohort, chain)
+        _check_step(run, one, table, cohort, chain, hospitals)
     else:
         _need(result.model == chain.model, "a round without parameters changed the model")
 
 
-def _check_step(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _Chain) -> None:
+def _check_step(run: Run, one: Round, table: LaneTable, cohort: Cohort, chain: _Chain, hospitals: int) -> None:
     """The next model is what the study's server step makes of the last one, what was kept beside it, and the sum."""
-    result, lane, before = one.result, table.lane_class("parameter"), chain.kept.get(chain.model)
-    members, study = len(cohort.members), run.study.document
-    step = server_step(study, one.number, members, lane.fraction_bits, read_scalars(before))
-    sums = class_blocks(table, "parameter", one.folder / "sum.bin", BLOCK)
+    result, model, before = one.result, chain.models[chain.model], chain.kept.get(chain.model)
+    members, study, sums = len(cohort.members), run.study.document, one.folder / "sum.bin"
+    keeps, pairs = next_model(study, one.number, members, hospitals, table, model, before, sums)
     made, after = hashlib.sha256(), chain.scratch / f"{one.number}"
     with after.open("wb") as kept:
-        for numbers, slots in rewrite(chain.models[chain.model], before, lane.values, sums, step):
+        for numbers, slots in pairs:
             made.update(numbers)
             kept.write(slots)
     _need(made.digest() == result.model, "the next model is not the server's step from the last one by the sum")
     _need(result.model in chain.models, "the next model is not among the models")
-    if step.slots:
+    if keeps:
         chain.kept[result.model] = after
 
 

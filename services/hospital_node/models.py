@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from services.common.documents.strategies import CONTROL
 from services.common.documents.study import ModelSection
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import replace_file
@@ -122,8 +123,20 @@ def write_model_file(path: Path, shapes: Layout, vector: NDArray[np.float32]) ->
 def read_model_file(path: Path, shapes: Layout) -> NDArray[np.float32]:
     """The flat vector (d) of a model file that has exactly these tensors. Raises INVALID_DATA.
 
-    The header's text may be any JSON with the same meaning (who wrote it chose the spaces); the data may not.
+    The header's text may be any JSON with the same meaning (who wrote it chose the spaces); the data may not. A
+    control variate behind them (SCAFFOLD) is no part of the model and left out.
     """
+    return _read_numbers(path, shapes)[: size(shapes)]
+
+
+def read_control(path: Path, shapes: Layout) -> NDArray[np.float32]:
+    """The server's control variate c (d) in a model file, zeros where there is none. Raises as `read_model_file`."""
+    found = _read_numbers(path, shapes)[size(shapes) :]
+    return found if found.size else np.zeros(size(shapes), np.float32)
+
+
+def _read_numbers(path: Path, shapes: Layout) -> NDArray[np.float32]:
+    """All numbers of the file: the model's, and those of a control variate if there is one."""
     with path.open("rb") as source:
         length = int.from_bytes(source.read(8), "little")
         if not 2 <= length <= _MAX_HEADER:
@@ -133,11 +146,13 @@ def read_model_file(path: Path, shapes: Layout) -> NDArray[np.float32]:
         except ValueError:
             raise _bad_model(f"{path} is not a safetensors file: fetch it again") from None
         data = source.read()
-    expected = json.loads(_header(shapes)[8:])
+    control = isinstance(stated, dict) and CONTROL in stated
+    whole = (*shapes, (CONTROL, (size(shapes),))) if control else shapes
+    expected = json.loads(_header(whole)[8:])
     if not isinstance(stated, dict) or {k: v for k, v in stated.items() if k != "__metadata__"} != expected:
         raise _bad_model(f"{path} holds other tensors than this architecture's {len(shapes)}: check the study's model")
-    if len(data) != 4 * size(shapes):
-        raise _bad_model(f"{path} has {len(data)} bytes of data, {4 * size(shapes)} are needed: fetch it again")
+    if len(data) != 4 * size(whole):
+        raise _bad_model(f"{path} has {len(data)} bytes of data, {4 * size(whole)} are needed: fetch it again")
     return np.frombuffer(data, "<f4").astype(np.float32)
 
 

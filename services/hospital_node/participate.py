@@ -17,6 +17,7 @@ from pathlib import Path
 from services.common.clock import Clock
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.shape import RoundShape, check_study, core_for, round_shape, total_rounds
+from services.common.documents.strategies import most_model_bytes
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import sealing
@@ -26,6 +27,7 @@ from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.attempt import check_attempt
 from services.hospital_node.client import AggregatorClient, Phase, RoundState, Upload
+from services.hospital_node.control import own_control
 from services.hospital_node.datacheck import require_check
 from services.hospital_node.events import Checked
 from services.hospital_node.ledger import Ledger
@@ -39,7 +41,6 @@ from services.hospital_node.submission import mask, masked_chunks, sign_header
 from services.hospital_node.vectorfile import checking_vector, damaged, reading_vector, write_vector
 
 _log = logging.getLogger(__name__)
-_HEADER_ROOM = 1 << 20  # a model file is its numbers and at most this much safetensors header
 
 
 class Participation:
@@ -178,13 +179,13 @@ class Participation:
                 "nothing is trained, the vector is kept",
             )
         self._say("fetching", "downloading the model")
-        path = self._model(state.model, study)
+        path, update = self._model(state.model, study), None
         self._checkpoint("model-fetched")
         self._say("training", "training on the ward's images")
         counts = self._evaluate(study, shape, path)
-        update = None
         if shape.kind == "train":
-            update = self._trainer.train(study, state.round, path, state.model, should_stop)
+            control = own_control(self.store, study)
+            update = self._trainer.train(study, state.round, path, state.model, should_stop, control)
             if update is None:
                 return None
         self._checkpoint("trained")
@@ -336,7 +337,7 @@ class Participation:
         """The model file by digest, resumed where an earlier life stopped; older ones are dropped."""
         if not self._models.has(model):
             with self._models.partial(model.hex()) as partial:
-                self._client.fetch_model(model, partial, 4 * study.document.model.parameters + _HEADER_ROOM)
+                self._client.fetch_model(model, partial, most_model_bytes(study.document))
         for file in (self._models.folder / "blobs").iterdir():
             if file.name != model.hex():
                 self._models.delete(bytes.fromhex(file.name))
@@ -370,8 +371,7 @@ class Participation:
         return charter
 
     def _refuse_halted(self, study: bytes) -> None:
-        detail = self.store.halted(study)
-        if detail is not None:
+        if (detail := self.store.halted(study)) is not None:
             self.progress.figures |= self.privacy(study)
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
 

@@ -37,9 +37,17 @@ class Trainer(Protocol):
     """The learning side: participation never sees torch."""
 
     def train(
-        self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
+        self,
+        study: LoadedStudy,
+        round_number: int,
+        model: Path,
+        model_digest: bytes,
+        should_stop: Callable[[], bool],
+        control: npt.NDArray[np.float32] | None,
     ) -> npt.NDArray[np.float64] | None:
         """Trained minus start weights (d), or None when stopped; resumes from its own checkpoint.
+
+        Under scaffold `control` is c_i (d), and a second row is its change: (2, d).
 
         Under `shared`: the sum of clipped patient gradients (d) of one fresh sample, WITHOUT noise, never stored.
         """

@@ -59,7 +59,9 @@ class Counts(Protocol):
 
 def split_of(name: str) -> str:
     """The split of the data set that a class of lanes is drawn from (privacy.md §6)."""
-    return {"parameter": "train", "gate": "validation", "confusion": "test", "histogram": "test"}[name]
+    return {"parameter": "train", "control": "train", "gate": "validation", "confusion": "test", "histogram": "test"}[
+        name
+    ]
 
 
 def encode_round(
@@ -67,7 +69,8 @@ def encode_round(
 ) -> Iterator[tuple[bytes, bytes]]:
     """x, the packed vector of this round: its chunks, each with its digest.
 
-    `update` is what `Trainer.train` gave (d floats) in a training round. Raises NOT_FINITE for a failed training and
+    `update` is what `Trainer.train` gave in a training round: d floats, under scaffold (2, d). Raises NOT_FINITE for a
+    failed training and
     OUT_OF_BOUND for a count beyond its lane: nothing is sent then. Under `shared` neither can happen: what is not
     finite counts as zero, what is beyond a lane's data bound is projected.
     """
@@ -76,8 +79,11 @@ def encode_round(
     values: dict[str, I64 | Reals] = {"weight": np.ones(1, np.int64)}
     if "parameter" in names:
         given = np.asarray(update)
+        if "control" in names:
+            given, change = given
+            values["control"] = _reals(study, table, "control", change, keys)
         values["parameter"] = (
-            _gradient_lanes(study, table, given, keys) if shared else _update_lanes(study, table, given, keys)
+            _gradient_lanes(study, table, given, keys) if shared else _reals(study, table, "parameter", given, keys)
         )
     if "gate" in names:
         exact = np.concatenate([_need(counts).hits, _need(counts).totals])
@@ -182,23 +188,26 @@ def lane_noises(study: Study, shape: RoundShape) -> dict[str, Noise]:
     return found
 
 
-def _update_lanes(study: Study, table: LaneTable, update: npt.NDArray[np.floating], keys: Keys) -> Reals:
-    lane = _parameters(table, update)
-    encoding = study.encoding
+def _reals(study: Study, table: LaneTable, name: str, numbers: npt.NDArray[np.floating], keys: Keys) -> Reals:
+    lane, encoding = _sized(table, name, numbers), study.encoding
+    clips = {
+        "parameter": (encoding.update_clip, encoding.update_bound),
+        "control": (encoding.control_clip, encoding.control_bound),
+    }
     # protocol.md §6: unbiased stochastic rounding for codes of at most 16 bits without DP noise, else to the nearest.
     stochastic = study.privacy.mechanism == "none" and lane.bound < 2**15
-    return clip_update(update, encoding.update_clip, encoding.update_bound, keys() if stochastic else None)
+    return clip_update(numbers, *clips[name], keys() if stochastic else None)
 
 
 def _gradient_lanes(study: Study, table: LaneTable, total: npt.NDArray[np.floating], keys: Keys) -> I64:
     """`shared`: scale → projection onto the data bound, the same at all hospitals → rint → this hospital's share."""
-    lane, noise = _parameters(table, total), training_noise(study)
+    lane, noise = _sized(table, "parameter", total), training_noise(study)
     exact = integer_sum(total.astype(np.float64, copy=False), lane.fraction_bits, noise.room(lane.bound))
     return exact + discrete_gaussian(noise.scale).draw(keys(), lane.values)
 
 
-def _parameters(table: LaneTable, update: npt.NDArray[np.floating]) -> LaneClass:
-    lane = table.lane_class("parameter")
+def _sized(table: LaneTable, name: str, update: npt.NDArray[np.floating]) -> LaneClass:
+    lane = table.lane_class(name)
     if update.shape != (lane.values,):
         raise ServiceError(
             Reason.INVALID_DATA, f"the update has shape {update.shape}, the study says {lane.values} parameters"

@@ -19,9 +19,10 @@ from services.common.secagg.certificate import (
     check_manifest,
     check_result_chain,
 )
-from services.common.secagg.messages import OUTCOME_REJECTED, ZERO_DIGEST, Result
+from services.common.secagg.messages import OUTCOME_ACCEPTED, OUTCOME_REJECTED, ZERO_DIGEST, Result
 from services.common.secagg.roster import Roster
 from services.hospital_node.client import ResultAnswer
+from services.hospital_node.control import moved_control
 from services.hospital_node.ledger import Ledger
 from services.hospital_node.store import Alarm, Chain, Store
 
@@ -53,14 +54,15 @@ def follow_results(
                 Reason.WRONG_CORE, f"the result of round {result.round} did not start from the model before it"
             )
         try:
-            left_out = _membership(store, hospital, checked, result, answer.certificate)
+            left_out, counted = _membership(store, hospital, checked, result, answer.certificate)
         except ServiceError as error:
             alarm = Alarm(study.digest, result.round, end, error.detail)
             if not _acknowledged(store, ledger, alarm, error.reason):
                 raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {error.detail}") from None
-            left_out = None
+            left_out, counted = None, False
+        control = moved_control(store, study, checked) if counted else None
         chain = Chain(result.round, end, result.model, result.version)
-        store.advance_chain(study.digest, chain, left_out)
+        store.advance_chain(study.digest, chain, left_out, control)
 
 
 def _acknowledged(store: Store, ledger: Ledger, alarm: Alarm, reason: Reason) -> bool:
@@ -79,10 +81,13 @@ def _acknowledged(store: Store, ledger: Ledger, alarm: Alarm, reason: Reason) ->
 
 def _membership(
     store: Store, hospital: str, checked: CheckedManifest, result: Result, certificate: bytes
-) -> tuple[int, bytes] | None:
-    """The evidence (attempt, certificate) when this hospital was left out. Raises what the alarm says."""
+) -> tuple[tuple[int, bytes] | None, bool]:
+    """(the evidence (attempt, certificate) when this hospital was left out, is its vector in the accepted sum?).
+
+    Raises what the alarm says.
+    """
     if result.outcome == OUTCOME_REJECTED and not certificate and result.certificate == ZERO_DIGEST:
-        return None
+        return None, False
     if hashlib.sha256(certificate).digest() != result.certificate:
         raise ServiceError(Reason.CONFLICT, f"the certificate of round {result.round} is not the one its result names")
     cohort = check_certificate(checked, certificate)
@@ -101,5 +106,5 @@ def _membership(
             "left out of the cohort of round %d although the receipt is held: the certificate is kept as evidence",
             result.round,
         )
-        return result.attempt, certificate
-    return None
+        return (result.attempt, certificate), False
+    return None, counted is not None and result.outcome == OUTCOME_ACCEPTED

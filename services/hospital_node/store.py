@@ -34,6 +34,7 @@ CREATE TABLE submissions (
 CREATE TABLE chain (
     study BLOB PRIMARY KEY, round INTEGER NOT NULL, digest BLOB NOT NULL, model BLOB NOT NULL, version INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE controls (study BLOB PRIMARY KEY, digest BLOB NOT NULL) STRICT;
 CREATE TABLE left_out (
     study BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, certificate BLOB NOT NULL,
     PRIMARY KEY (study, round, attempt)
@@ -121,8 +122,10 @@ class Store:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove vectors that a crash left without their row: nobody would ever scrub them."""
-        rows = self.database.query("SELECT x FROM vectors UNION SELECT seeds FROM submissions")
+        """Remove vectors and control variates that a crash left without their row: nobody would ever scrub them."""
+        rows = self.database.query(
+            "SELECT x FROM vectors UNION SELECT seeds FROM submissions UNION SELECT digest FROM controls"
+        )
         known = {digest.hex() for (digest,) in rows}
         for file in (self.blobs.folder / "blobs").iterdir():
             if file.name not in known:
@@ -231,8 +234,19 @@ class Store:
         rows = self.database.query("SELECT round, digest, model, version FROM chain WHERE study = ?", (study,))
         return Chain(*rows[0]) if rows else Chain(0, ZERO_DIGEST, b"", 0)
 
-    def advance_chain(self, study: bytes, chain: Chain, left_out: tuple[int, bytes] | None) -> None:
-        """Take a verified result as the chain's end; `left_out` = (attempt, certificate) is kept as evidence."""
+    def control(self, study: bytes) -> bytes | None:
+        """The blob of this hospital's control variate, None before the first."""
+        rows = self.database.query("SELECT digest FROM controls WHERE study = ?", (study,))
+        return bytes(rows[0][0]) if rows else None
+
+    def advance_chain(
+        self, study: bytes, chain: Chain, left_out: tuple[int, bytes] | None, control: bytes | None = None
+    ) -> None:
+        """Take a verified result as the chain's end; `left_out` = (attempt, certificate) is kept as evidence.
+
+        `control`: the blob of the control variate that this result moves; the one before it is removed.
+        """
+        before = self.control(study)
         with self.database.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO chain VALUES (?, ?, ?, ?, ?)",
@@ -242,6 +256,10 @@ class Store:
                 connection.execute(
                     "INSERT OR IGNORE INTO left_out VALUES (?, ?, ?, ?)", (study, chain.round, *left_out)
                 )
+            if control is not None:
+                connection.execute("INSERT OR REPLACE INTO controls VALUES (?, ?)", (study, control))
+        if control is not None and before not in (None, control):
+            self.blobs.delete(before)  # a life that ends here leaves it to the next one's sweep
 
     def left_out(self) -> list[tuple[int, int, bytes]]:
         """(round, attempt, certificate) where this hospital holds a receipt and is not in the cohort."""

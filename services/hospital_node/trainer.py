@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from services.common.documents.study import LoadedStudy
 from services.hospital_node.architectures import build
+from services.hospital_node.control import control_change
 from services.hospital_node.dataset import Dataset, Split, load_dataset
 from services.hospital_node.evaluation import evaluate
 from services.hospital_node.inputs import Inputs
-from services.hospital_node.models import layout, read_model_file
+from services.hospital_node.models import layout, read_control, read_model_file
 from services.hospital_node.release import Counts
 from services.hospital_node.training import (
     Compute,
@@ -39,7 +40,13 @@ class SiteTrainer:
         self._opened: tuple[bytes, Dataset, Inputs] | None = None
 
     def train(
-        self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Callable[[], bool]
+        self,
+        study: LoadedStudy,
+        round_number: int,
+        model: Path,
+        model_digest: bytes,
+        should_stop: Callable[[], bool],
+        control: npt.NDArray[np.float32] | None,
     ) -> npt.NDArray[np.float64] | None:
         """As the port says; None when stopped. Raises NOT_FINITE, INVALID_DATA, STORAGE."""
         dataset, inputs = self._open(study, should_stop)
@@ -47,6 +54,7 @@ class SiteTrainer:
             return clipped_gradient_sum(
                 self._vector(study, model), dataset, study.document, keys=_keys, compute=self._compute, inputs=inputs
             )
+        server = self._server_control(study, model) if control is not None else None
         result = train_round(
             self._vector(study, model),
             dataset,
@@ -57,9 +65,12 @@ class SiteTrainer:
             should_stop=should_stop,
             compute=self._compute,
             inputs=inputs,
+            correction=None if control is None or server is None else server.astype(np.float64) - control,
         )
         show_gpu(self._compute)
-        return None if result is None else result.delta
+        if result is None or server is None:
+            return None if result is None else result.delta
+        return np.stack([result.delta, control_change(server, result.delta, study.document)])
 
     def evaluate(self, study: LoadedStudy, model: Path, split: Split) -> Counts:
         """Exact counts over one split. Raises INVALID_DATA."""
@@ -76,6 +87,9 @@ class SiteTrainer:
 
     def _vector(self, study: LoadedStudy, model: Path) -> npt.NDArray[np.float32]:
         return read_model_file(model, layout(build(study.document.model)))
+
+    def _server_control(self, study: LoadedStudy, model: Path) -> npt.NDArray[np.float32]:
+        return read_control(model, layout(build(study.document.model)))
 
     def _open(self, study: LoadedStudy, should_stop: Callable[[], bool]) -> tuple[Dataset, Inputs]:
         """The data set as this study sees it; every image is decoded once, before anything of a round is timed."""

@@ -123,11 +123,12 @@ def train_round(
     should_stop: Callable[[], bool],
     compute: Compute = _DEFAULT,
     inputs: Inputs | None = None,
+    correction: NDArray[np.float64] | None = None,
 ) -> TrainResult | None:
     """Train from `vector` (d); resumes from the folder `progress`. None when `should_stop()` said so between steps.
 
     `progress` None: no checkpoint is kept, as in a simulation. `inputs` of this study, where the caller keeps them open
-    between rounds.
+    between rounds. `correction` (d): c - c_i of SCAFFOLD, the same in every life of a round, is added to each gradient.
 
     `keys()` gives a fresh 32-byte key of the operating system at every call. Raises NOT_FINITE (a failed training:
     nothing is submitted), INVALID_DATA, INVALID_DOCUMENT, STORAGE.
@@ -147,6 +148,8 @@ def train_round(
             return None
         load_vector(module, state.weights)
         gradient, images = gradient_of()
+        if correction is not None:
+            gradient = gradient + correction
         _descend(state, start, gradient, rate, study)
         seen += images
         if progress is not None and (state.step % every == 0 or state.step == steps):

@@ -19,6 +19,7 @@ from services.aggregator.strategy import Scalars, server_step
 from services.aggregator.tally import SumCheck, class_sums
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.shape import RoundShape, round_shape, total_rounds
+from services.common.documents.strategies import has_control
 from services.common.documents.study import LoadedStudy
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.ring import CHUNK_BYTES
@@ -85,6 +86,12 @@ class Rounds:
         keys: Keys = fresh_key,
         tell: Callable[[int, int], None] = lambda number, done: None,
     ) -> None:
+        if has_control(study.document):
+            raise ServiceError(
+                Reason.INVALID_DOCUMENT,
+                "server.strategy scaffold needs control variates that a simulation does not keep: run it with "
+                "`wardround demo --strategy scaffold --mechanism none`, or simulate another strategy",
+            )
         self._charter, self._study, self._cohort = charter, study, cohort
         self._sum_file = scratch / "sum"
         self._masks, self._compute, self._keys, self._tell = masks, compute, keys, tell
@@ -137,8 +144,7 @@ class Rounds:
             while chunk := file.read(CHUNK_BYTES):
                 check.add(chunk)
         if shape.kind == "train" and document.privacy.mechanism != "shared":
-            lane = table.lane_class("parameter")
-            check.check_norm(document.encoding.update_clip, lane.values, lane.fraction_bits)
+            check.check_norm("parameter", document.encoding.update_clip)
         if check.fault:
             return "rejected", check.fault, {}
         figures, _ = released_figures(table, self._study, self._sum_file)

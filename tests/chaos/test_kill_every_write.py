@@ -32,13 +32,17 @@ def check(kill: dict[str, Any]) -> None:
     assert set(new) <= set(end["opened"])
     assert len(set(end["opened"])) == 2  # one header in round 2, whoever sent it
     assert end["submissions"] == [[1, end["opened"][0]], [2, end["opened"][-1]]]
-    assert (end["receipts"], end["chain"], end["blobs"], end["kept"]) == ([1, 2], 2, 0, [])
+    scaffold = end["control"] > 0
+    assert (end["receipts"], end["chain"], end["blobs"], end["kept"]) == ([1, 2], 2, int(scaffold), [])
     # One vector left, of one draw; a draw whose vector was kept is the one that left, and is never noised again.
     (left,) = kill["left"]
     assert left["header"] == end["opened"][-1]
     assert left["draw"] == pytest.approx(end["trainings"] + 1, abs=0.4)  # the newest; the first was round 1's
     if after["kept"] or len(after["ledger"]) == 4:
         assert end["trainings"] == after["trainings"] == 1
+    if scaffold:  # c_i has moved by what was sent in both rounds, once, and only with the result that counted it
+        assert end["control"] == 1 + end["trainings"] + 1
+        assert after["control"] == (end["control"] if after["chain"] == 2 else 1)
 
 
 def run(folder: Path, mechanism: str, every: int) -> list[dict[str, Any]]:
@@ -54,10 +58,11 @@ def run(folder: Path, mechanism: str, every: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("mechanism", ["local", "shared"])
+@pytest.mark.parametrize("mechanism", ["local", "shared", "scaffold"])
 def test_killed_before_many_a_write(tmp_path: Path, mechanism: str) -> None:
     kills = run(tmp_path, mechanism, 11)
     assert len(kills) > 5
+    assert all((kill["in_the_end"]["control"] > 0) is (mechanism == "scaffold") for kill in kills)
     for kill in kills:
         check(kill)
     assert kills[-1]["ended"] == 0  # the last number lies beyond the round's end: all places were counted
@@ -65,11 +70,12 @@ def test_killed_before_many_a_write(tmp_path: Path, mechanism: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mechanism", ["local", "shared"])
+@pytest.mark.parametrize("mechanism", ["local", "shared", "scaffold"])
 def test_killed_before_every_write(tmp_path: Path, mechanism: str) -> None:
     kills = run(tmp_path, mechanism, 1)
     for kill in kills:
         check(kill)
+    assert all((kill["in_the_end"]["control"] > 0) is (mechanism == "scaffold") for kill in kills)
     places = [kill["before"] for kill in kills[:-1]]
     assert {"sqlite pwrite64", "fsync", "os.rename", "os.remove", "write"} <= set(places)
     assert {"sending open", "sending chunk", "sending receipt"} <= set(places)

@@ -24,12 +24,18 @@ STUDY: dict[str, Any] = {
 YOGI: dict[str, Any] = {
     "server": {"strategy": "fedyogi", "learning_rate": 0.5, "momentum": 0.9, "adaptivity": 0.1}
 }  # of updates, so without `shared`
-KEEPING = {"adam": ("shared", STUDY), "fedyogi": ("none", YOGI)}
+SCAFFOLD: dict[str, Any] = {
+    "server": {"strategy": "scaffold", "learning_rate": 0.5},
+    "encoding": {"update_bound": 1000.0, "update_clip": 1e6, "control_bound": 1.0, "control_clip": 1e6},
+}
+KEEPING = {"adam": ("shared", STUDY), "fedyogi": ("none", YOGI), "scaffold": ("none", SCAFFOLD)}
 
 
 def expected_models(world: World, hospitals: dict[str, FakeHospital]) -> list[np.ndarray]:
     """The models after each round, from the plain integers that the hospitals sent."""
     lane = round_shape(world.documents.charter, world.study, 1).table.lane_class("parameter")
+    if world.study.document.server.strategy == "scaffold":
+        return scaffold_models(world, hospitals)
     model, scalars, kept, found = vector_of(model_bytes(50)), Scalars(), None, []
     for number in range(1, ROUNDS + 1):
         attempt = max(attempt for at, attempt in hospitals["alice"].sent if at == number)
@@ -39,6 +45,39 @@ def expected_models(world: World, hospitals: dict[str, FakeHospital]) -> list[np
         model, scalars = step.run(model, kept, sums), step.scalars
         found.append(model)
     return found
+
+
+def scaffold_models(world: World, hospitals: dict[str, FakeHospital]) -> list[np.ndarray]:
+    """x and behind it c after each round, from plain integers; the last round publishes x alone."""
+    table = round_shape(world.documents.charter, world.study, 1).table
+    x, c, found = vector_of(model_bytes(50)).astype(np.float64), np.zeros(50), []
+    for number in range(1, ROUNDS + 1):
+        attempt = max(attempt for at, attempt in hospitals["alice"].sent if at == number)
+        sums = {
+            name: np.sum([one.sent[number, attempt][name] for one in hospitals.values()], axis=0)
+            / 2.0 ** table.lane_class(name).fraction_bits
+            for name in ("parameter", "control")
+        }
+        x = (x + 0.5 * sums["parameter"] / len(hospitals)).astype(np.float32).astype(np.float64)
+        c = (c + sums["control"] / len(NAMES)).astype(np.float32).astype(np.float64)
+        found.append((x if number == ROUNDS else np.concatenate([x, c])).astype(np.float32))
+    return found
+
+
+def test_scaffold_divides_by_the_cohort_and_by_all_hospitals(tmp_path: Path) -> None:
+    """Three of four take part: x moves by their mean, c by their sum over all four; every file is the digest's."""
+    with federation(tmp_path, rounds=ROUNDS, study=SCAFFOLD) as whole:
+        whole.join(*NAMES[:3])
+        alice = whole.hospitals["alice"]
+        alice.wait_for(over(ROUNDS), seconds=120)
+        models = scaffold_models(whole.world, whole.hospitals)
+        facts = whole.running.store.facts(whole.world.study.digest)
+        concluded = [fact for fact in facts if isinstance(fact, f.Concluded)]
+        assert len(models[0]) == 100
+        assert models[0][50:].any()
+        for fact, model in zip(concluded, models, strict=True):
+            assert np.allclose(vector_of(whole.running.store.blobs.path(fact.model).read_bytes()), model, rtol=1e-6)
+        assert len(alice.fetch_model(concluded[0].model)) > 8 * 50  # hospitals get both under one digest
 
 
 def test_every_model_follows_from_the_sums_and_the_last_one_is_the_average(tmp_path: Path) -> None:
@@ -59,7 +98,8 @@ def test_every_model_follows_from_the_sums_and_the_last_one_is_the_average(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("place", "strategy"), [("before", "adam"), ("between", "adam"), ("after", "adam"), ("between", "fedyogi")]
+    ("place", "strategy"),
+    [("before", "adam"), ("between", "adam"), ("after", "adam"), ("between", "fedyogi"), ("after", "scaffold")],
 )
 def test_kill_minus_9_while_it_concludes_loses_no_optimiser_state(tmp_path: Path, place: str, strategy: str) -> None:
     """Killed before, between and after the writes of the new model and what is kept beside it: the same models."""

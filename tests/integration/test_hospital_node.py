@@ -148,7 +148,7 @@ def test_round_that_ends_stops_the_training_of_it(world: World, aggregator: Fake
     began, stopped = threading.Event(), threading.Event()
 
     class Slow(type(site.trainer)):  # type: ignore[misc]  # the class of the fixture
-        def train(self, study, round_number, model, model_digest, should_stop):  # type: ignore[no-untyped-def]
+        def train(self, study, round_number, model, model_digest, should_stop, control):  # type: ignore[no-untyped-def]
             began.set()
             while not should_stop():
                 stopped.wait(0.01)

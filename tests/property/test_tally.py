@@ -73,7 +73,7 @@ def test_sum_minus_masks_is_the_integer_sum(tmp_path: Path, bits: int, parameter
     (tmp_path / "sum").write_bytes(found)
     assert class_sums(table, "parameter", tmp_path / "sum").tolist() == summed
     assert class_sums(table, "gate", tmp_path / "sum").tolist() == [count] * 4
-    assert check.square == pytest.approx(sum(value * value for value in summed) / 64)
+    assert check.squares["parameter"] == pytest.approx(sum(value * value for value in summed) / 64)
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])
@@ -112,9 +112,9 @@ def test_the_norm_is_held_to_the_clip() -> None:
     packed = bytearray(encoded(table, numbers))
     packed[:16] = (2).to_bytes(4, "little") * 4
     check.add(bytes(packed))
-    check.check_norm(50.0, 100, 3)  # the norm is 10 * sqrt(100) = 100 = 2 * 50
+    check.check_norm("parameter", 50.0)  # the norm is 10 * sqrt(100) = 100 = 2 * 50
     assert check.fault == ""
-    check.check_norm(47.0, 100, 3)
+    check.check_norm("parameter", 47.0)
     assert "norm" in check.fault
 
 

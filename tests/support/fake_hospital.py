@@ -37,13 +37,15 @@ Mark = Callable[[CheckedManifest], LedgerMark]
 
 
 def plain_values(seed: int) -> Values:
-    """parameter i of round r = (i % 11) + seed + r, in units of the lane; weight 1; counts = seed."""
+    """parameter i of round r = (i % 11) + seed + r, control i = (i % 7) - seed, in units of the lane; all else 1."""
 
     def values(table: LaneTable, number: int) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         for lane in table.lanes[1:]:
             if lane.name == "parameter":
                 found[lane.name] = np.arange(lane.values, dtype=np.int64) % 11 + seed + number
+            elif lane.name == "control":
+                found[lane.name] = np.arange(lane.values, dtype=np.int64) % 7 - seed
             else:
                 found[lane.name] = np.ones(lane.values, np.int64)
         return found

@@ -227,10 +227,14 @@ class FixedTrainer:
     def lines(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
-    def train(self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Any) -> Any:
+    def train(
+        self, study: LoadedStudy, round_number: int, model: Path, model_digest: bytes, should_stop: Any, control: Any
+    ) -> Any:
+        """Under scaffold the control variate changes by a quarter of the value and a quarter of what it is."""
         self._note(f"train {round_number}")
         assert hashlib.sha256(model.read_bytes()).digest() == model_digest
-        return np.full(study.document.model.parameters, self.value, np.float64)
+        update = np.full(study.document.model.parameters, self.value, np.float64)
+        return update if control is None else np.stack([update, (self.value + control) / 4])
 
     def evaluate(self, study: LoadedStudy, model: Path, split: str) -> FixedCounts:
         self._note(f"evaluate {split}")

@@ -25,6 +25,7 @@ from services.common.store.blobs import BlobStore
 from services.hospital_node.__main__ import own_signer
 from services.hospital_node.client import AggregatorClient, round_state
 from services.hospital_node.config import HospitalConfig, SiteDocuments, load_config
+from services.hospital_node.control import own_control
 from services.hospital_node.participate import Participation
 from services.hospital_node.store import Store
 from tests.support.consortium import derive
@@ -38,14 +39,26 @@ STEP = 1 / 8  # between one draw's lanes and the next one's: far more than their
 STUDIES: dict[str, dict[str, Any]] = {
     "local": {"encoding": {"update_clip": 1000.0}},
     "shared": SHARED,
-}
+    "scaffold": {
+        "privacy": {
+            "mechanism": "none", "epsilon": None, "delta": None, "noise_multiplier": 0.0,
+            "none_accepted": "No single patient is protected by noise in this study.",
+        },
+        "evaluation": {"gate_noise_multiplier": 0.0, "final_noise_multiplier": 0.0},
+        "encoding": {"update_clip": 1000.0, "control_clip": 1000.0},
+        "server": {"strategy": "scaffold"},
+    },
+}  # fmt: skip
+NOT_PRIVATE = {"epsilon": 0.0, "delta": 0.0, "no_privacy": "accepted", "repeat": "allowed"}  # of a policy
 
 
 class DrawTrainer(FixedTrainer):
     """Every training is a draw of its own: its number stands in each lane of the update."""
 
-    def train(self, study: Any, round_number: int, model: Path, model_digest: bytes, should_stop: Any) -> Any:
-        found = super().train(study, round_number, model, model_digest, should_stop)
+    def train(
+        self, study: Any, round_number: int, model: Path, model_digest: bytes, should_stop: Any, control: Any
+    ) -> Any:
+        found = super().train(study, round_number, model, model_digest, should_stop, control)
         return np.full_like(found, STEP * sum(line.startswith("train") for line in self.lines()))
 
 
@@ -92,7 +105,8 @@ class Script:
         self.aggregator = FakeAggregator(world)
         self.site = folder / "site"
         mechanism = world.study.document.privacy.mechanism
-        self.config = load_config(world.write_site(self.site, "127.0.0.1:1", mechanisms=[mechanism]))
+        policy = NOT_PRIVATE if mechanism == "none" else {}
+        self.config = load_config(world.write_site(self.site, "127.0.0.1:1", mechanisms=[mechanism], **policy))
         self.documents = SiteDocuments(self.config)
         first = Life(self.aggregator, self.config, self.documents, self.site)
         self.aggregator.open_round(1)
@@ -150,12 +164,21 @@ class Script:
                 "receipts": [s.round for s in store.all_submissions() if s.receipt is not None],
                 "chain": store.chain(self.world.study.digest).round,
                 "kept": [vector.name for vector in kept],
+                "control": self._control(store),
                 "blobs": len(list((looked_at / "vectors" / "blobs").iterdir())),
                 "trainings": DrawTrainer(folder / "trainer.log").lines().count("train 2"),
             }
         finally:
             store.close()
             shutil.rmtree(looked_at)
+
+    def _control(self, store: Store) -> float:
+        """The control variate in draws: every number of it is the sum of the draws that were counted."""
+        own = own_control(store, self.world.study)
+        if own is None:
+            return 0.0
+        assert np.ptp(own) == 0
+        return float(own[0]) / STEP
 
     def left(self, folder: Path) -> list[dict[str, Any]]:
         """Every distinct (header, bytes) that left in round 2, opened with the pods' keys."""

@@ -3,7 +3,7 @@
 Classes of lanes, in order:
   sentinel 4 | weight 1 (uniform: always 1) | gate 2·classes, hits then totals (gate rounds) |
   confusion classes², row = truth, and histogram classes·2·bins, [class][0 negatives, 1 positives][bin] (final
-  round) | parameter d (training rounds).
+  round) | parameter d (training rounds) | control d (training rounds under scaffold).
 Rounds 1 … `rounds` train; with `evaluation.final` round `rounds` + 1 evaluates and carries no parameters. A gate
 in round r judges the model that r starts from. `check_study` refuses what makes no sense before anything runs.
 Not here: the noise and ε of it (costs.py), what a mechanism asks for (mechanism.py), encoding (secagg.encoding).
@@ -23,6 +23,7 @@ from services.common.documents.costs import (
     training_noise,
 )
 from services.common.documents.mechanism import check_claim, check_mechanism
+from services.common.documents.strategies import has_control
 from services.common.documents.strict import refuse
 from services.common.documents.study import LoadedStudy, Study
 from services.common.errors import Reason, ServiceError
@@ -65,6 +66,8 @@ def round_shape(charter: LoadedCharter, study: LoadedStudy, number: int) -> Roun
         lanes.append(_counts(charter, document, "gate", 2 * len(document.model.classes)))
     if train:
         lanes.append(_parameters(charter, document))
+        if has_control(document):
+            lanes.append(_reals(charter, document, "control", "control_bound"))
     else:
         classes = len(document.model.classes)
         lanes.append(_counts(charter, document, "confusion", classes**2))
@@ -230,17 +233,22 @@ def _parameters(charter: LoadedCharter, study: Study) -> LaneClass:
     """As many fraction bits as the ring bears: n_max · ⌈bound · 2^f⌉ ≤ 2^(b−1) − 1; under `shared` the study's s."""
     if study.privacy.mechanism == "shared":
         return LaneClass("parameter", study.model.parameters, study.privacy.scale_bits, _lane_bound(charter, study), 1)
-    room, bound = _lane_bound(charter, study), study.encoding.update_bound
+    return _reals(charter, study, "parameter", "update_bound")
+
+
+def _reals(charter: LoadedCharter, study: Study, name: str, key: str) -> LaneClass:
+    """d numbers that are clipped to ±`encoding.key` before they are rounded."""
+    room, bound = _lane_bound(charter, study), float(getattr(study.encoding, key))
     bits = min(63, math.floor(math.log2(room / bound)) + 1)
     while bits >= 0 and math.ceil(math.ldexp(bound, bits)) > room:
         bits -= 1
     if bits < 0:
         raise refuse(
             study.name,
-            f"encoding.update_bound {bound:g} does not fit {study.encoding.ring_bits} bits with "
+            f"encoding.{key} {bound:g} does not fit {study.encoding.ring_bits} bits with "
             f"{charter.document.cohort.maximum} hospitals: at most {room} does",
         )
-    return LaneClass("parameter", study.model.parameters, bits, math.ceil(math.ldexp(bound, bits)), 1)
+    return LaneClass(name, study.model.parameters, bits, math.ceil(math.ldexp(bound, bits)), 1)
 
 
 def _counts(charter: LoadedCharter, study: Study, name: str, values: int) -> LaneClass:

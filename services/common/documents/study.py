@@ -101,6 +101,8 @@ class EncodingSection(Section):
     update_clip: float = Field(default=10.0, gt=0, description="L2 clip of a whole update (none, local)")
     update_bound: float = Field(default=1.0, gt=0, description="L∞ clip of one coordinate (none, local)")
     weighting: Literal["uniform"] = "uniform"
+    control_clip: float = Field(default=10.0, gt=0, description="scaffold: L2 clip of a control variate's change")
+    control_bound: float = Field(default=1.0, gt=0, description="scaffold: L∞ clip of one coordinate of it")
 
 
 class EvaluationSection(Section):
@@ -127,7 +129,7 @@ class GateSection(Section):
 class ServerSection(Section):
     """The server step, post-processing of the sum: of updates, or under `shared` of gradients (docs/strategies.md)."""
 
-    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "sgd", "adam"] = "fedavg"
+    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "scaffold", "sgd", "adam"] = "fedavg"
     learning_rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(
         default=0.0, ge=0, lt=1, description="of sgd and fedavgm; β1, the first moment's decay, of the others"
