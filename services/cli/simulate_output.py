@@ -1,12 +1,17 @@
 """What a simulation leaves behind: history, model, learning curve."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.cli.curve import draw_learning, learning_points
 from services.cli.files import refuse_existing, write_new
 from services.common.store.durable import storing
-from services.simulation.simulate import Simulation
+
+if TYPE_CHECKING:
+    from services.simulation.simulate import Simulation  # needs torch, which the command line's image lacks
 
 FILES = ("history.json", "model.safetensors", "curve.png")
 
