@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from services.aggregator.modelfile import BLOCK, read_header, read_scalars, rewrite
-from services.aggregator.strategy import Step, server_step
+from services.aggregator.strategy import F32, Step, server_step
 from services.aggregator.tally import class_blocks
 from services.common.documents.strategies import CONTROL, has_control
 from services.common.documents.study import Study
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.encoding import LaneTable, dequantise
+from services.common.secagg.ring import I64
 
 Pairs = Iterator[tuple[bytes, bytes]]
 """(bytes of the next model file, bytes of the next kept file), pair by pair."""
@@ -60,13 +61,18 @@ def _with_control(model: Path, table: LaneTable, sums: Path, step: Step, hospita
             yield step.run(numbers, np.zeros((0, len(block))), block).astype("<f4").tobytes(), b""
         for block in () if last else class_blocks(table, "control", sums, BLOCK):
             before = np.frombuffer(controls.read(4 * len(block)), "<f4") if had else np.zeros(len(block), "<f4")
-            with np.errstate(over="ignore"):
-                after = (before + dequantise(block, lane.fraction_bits) / hospitals).astype("<f4")
-            if not np.isfinite(after).all():
-                raise ServiceError(
-                    Reason.NOT_FINITE, "the control variate holds a number beyond float32: the round is rejected"
-                )
-            yield after.tobytes(), b""
+            yield next_control(before, block, lane.fraction_bits, hospitals).astype("<f4").tobytes(), b""
+
+
+def next_control(before: F32, sums: I64, fraction_bits: int, hospitals: int) -> F32:
+    """c + ΣΔc/N of one block. Raises NOT_FINITE where float32 cannot hold it."""
+    with np.errstate(over="ignore"):
+        after = (before + dequantise(sums, fraction_bits) / hospitals).astype(np.float32)
+    if not np.isfinite(after).all():
+        raise ServiceError(
+            Reason.NOT_FINITE, "the control variate holds a number beyond float32: the round is rejected"
+        )
+    return after
 
 
 def _header(header: dict[str, object], parameters: int, *, with_control: bool) -> bytes:

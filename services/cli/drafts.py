@@ -35,8 +35,8 @@ _UNKNOWN = "0" * 64
 _STRATEGY_FIELDS = {  # to begin with; what they were tuned to on four sites is in docs/results.md
     "fedavg": {},
     "fedavgm": {"learning_rate": 0.3, "momentum": 0.9},
-    "fedadam": {"learning_rate": 0.03, "momentum": 0.9},
-    "fedyogi": {"learning_rate": 0.03, "momentum": 0.9},
+    "fedadam": {"learning_rate": 0.1, "momentum": 0.9},
+    "fedyogi": {"learning_rate": 0.1, "momentum": 0.9},
     "scaffold": {},
     "adam": {"learning_rate": 0.03, "momentum": 0.9},
 }

@@ -20,7 +20,7 @@ from services.common.documents.strategies import has_control
 from services.common.documents.study import LoadedStudy, Study
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.certificate import CheckedManifest
-from services.common.secagg.encoding import decode_class, dequantise
+from services.common.secagg.encoding import LaneTable, decode_class, dequantise
 from services.common.secagg.ring import CHUNK_BYTES
 from services.hospital_node.store import Store
 from services.hospital_node.vectorfile import reading_vector
@@ -72,9 +72,14 @@ def moved_control(store: Store, study: LoadedStudy, checked: CheckedManifest) ->
 
 def _read_change(store: Store, x: bytes, checked: CheckedManifest) -> F64:
     table = checked.table
-    lane, (begin, end), width = table.lane_class("control"), table.lane_range("control"), table.ring.lane_bytes
+    (begin, end), width = table.lane_range("control"), table.ring.lane_bytes
     packed = bytearray((end - begin) * width)
     with reading_vector(store.blobs, x) as fill, memoryview(packed) as out:
         for start in range(0, len(packed), CHUNK_BYTES):
             fill(begin * width + start, out[start : start + CHUNK_BYTES])
-    return dequantise(decode_class(table, "control", bytes(packed)), lane.fraction_bits)
+    return sent_change(table, bytes(packed))
+
+
+def sent_change(table: LaneTable, packed: bytes) -> F64:
+    """Δc_i (d) as its packed lanes hold it, clipped and rounded."""
+    return dequantise(decode_class(table, "control", packed), table.lane_class("control").fraction_bits)

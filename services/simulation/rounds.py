@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from services.aggregator import gate
 from services.aggregator.conclude import released_figures
+from services.aggregator.next_model import next_control
 from services.aggregator.strategy import Scalars, server_step
 from services.aggregator.tally import SumCheck, class_sums
 from services.common.documents.charter import LoadedCharter
@@ -22,7 +23,8 @@ from services.common.documents.shape import RoundShape, round_shape, total_round
 from services.common.documents.strategies import has_control
 from services.common.documents.study import LoadedStudy
 from services.common.errors import Reason, ServiceError
-from services.common.secagg.ring import CHUNK_BYTES
+from services.common.secagg.ring import CHUNK_BYTES, I64
+from services.hospital_node.control import control_change, sent_change
 from services.hospital_node.dataset import Dataset, Split
 from services.hospital_node.evaluation import Counts, evaluate
 from services.hospital_node.inputs import Inputs
@@ -70,6 +72,34 @@ class Round:
     seconds: float
 
 
+class Controls:
+    """SCAFFOLD's control variates: the server's c, and of every hospital c_i and what it sent, on the disk.
+
+    A hospital whose training failed has sent nothing, and its c_i stays.
+    """
+
+    def __init__(self, scratch: Path, hospitals: int, parameters: int) -> None:
+        self.server: F32 = np.zeros(parameters, np.float32)
+        shape = (hospitals, parameters)
+        self._own = np.memmap(scratch / "controls", np.float32, "w+", shape=shape)
+        self.sent = np.memmap(scratch / "changes", np.float64, "w+", shape=shape)
+
+    def correction(self, hospital: int) -> F64:
+        """c - c_i (d)."""
+        return self.server.astype(np.float64) - np.asarray(self._own[hospital], np.float64)
+
+    def move(self, sums: I64, fraction_bits: int) -> None:
+        """The round counts: c and every c_i take what was sent. Raises NOT_FINITE."""
+        hospitals = len(self._own)
+        self.server = next_control(self.server, sums, fraction_bits, hospitals)
+        for hospital in range(hospitals):
+            self._own[hospital] += self.sent[hospital].astype(np.float32)
+
+    def begin(self) -> None:
+        """A new round: nobody has sent anything."""
+        self.sent[:] = 0
+
+
 class Rounds:
     """A study under way. `tell(round, hospitals done)` is called after every hospital."""
 
@@ -86,18 +116,13 @@ class Rounds:
         keys: Keys = fresh_key,
         tell: Callable[[int, int], None] = lambda number, done: None,
     ) -> None:
-        if has_control(study.document):
-            raise ServiceError(
-                Reason.INVALID_DOCUMENT,
-                "server.strategy scaffold needs control variates that a simulation does not keep: run it with "
-                "`wardround demo --strategy scaffold --mechanism none`, or simulate another strategy",
-            )
         self._charter, self._study, self._cohort = charter, study, cohort
         self._sum_file = scratch / "sum"
         self._masks, self._compute, self._keys, self._tell = masks, compute, keys, tell
         self.model = Model(start)
         self._gated: tuple[float, Model] | None = None
         self._newest = 0
+        self._controls = Controls(scratch, len(cohort.names), start.size) if has_control(study.document) else None
 
     def run(self) -> list[Round]:
         """All rounds. Raises BELOW_COHORT where too few trainings succeed, INVALID_DATA."""
@@ -118,6 +143,8 @@ class Rounds:
         """Write the sum of all hospitals to its file; the hospitals that are not in it."""
         total: Sum = MaskedSum(shape.table, COMMITTEE) if self._masks else PlainSum(shape.table)
         absent = []
+        if self._controls is not None:
+            self._controls.begin()
         for index, name in enumerate(self._cohort.names):
             try:
                 total.add(name, self._vector(shape, index))
@@ -170,6 +197,9 @@ class Rounds:
         step = server_step(self._study.document, shape.number, members, lane.fraction_bits, before.scalars)
         kept = before.kept.copy() if before.kept.size else np.zeros((step.slots, lane.values))
         vector = step.run(before.vector, kept, class_sums(shape.table, "parameter", self._sum_file))
+        if self._controls is not None:
+            sums = class_sums(shape.table, "control", self._sum_file)
+            self._controls.move(sums, shape.table.lane_class("control").fraction_bits)
         self._newest += 1
         return Model(vector, self._newest, step.scalars, kept)
 
@@ -179,14 +209,18 @@ class Rounds:
         Raises NOT_FINITE for a training that failed.
         """
         study, (dataset, inputs) = self._study.document, self._cohort.open(hospital)
-        update = self._update(shape, dataset, inputs) if shape.kind == "train" else None
+        update = self._update(shape, hospital, dataset, inputs) if shape.kind == "train" else None
         counts: Counts | None = None
         if shape.has_gate or shape.kind == "final":
             split: Split = "test" if shape.kind == "final" else "validation"
             counts = evaluate(self.model.vector, dataset, split, study, self._compute, inputs)
-        return b"".join(chunk for chunk, _ in encode_round(study, shape, update, counts, self._keys))
+        x = b"".join(chunk for chunk, _ in encode_round(study, shape, update, counts, self._keys))
+        if self._controls is not None and shape.kind == "train":
+            first, end = (lane * shape.table.ring.lane_bytes for lane in shape.table.lane_range("control"))
+            self._controls.sent[hospital] = sent_change(shape.table, x[first:end])
+        return x
 
-    def _update(self, shape: RoundShape, dataset: Dataset, inputs: Inputs) -> F64:
+    def _update(self, shape: RoundShape, hospital: int, dataset: Dataset, inputs: Inputs) -> F64:
         study, vector = self._study.document, self.model.vector
         if study.privacy.mechanism == "shared":
             return clipped_gradient_sum(vector, dataset, study, keys=self._keys, compute=self._compute, inputs=inputs)
@@ -194,6 +228,9 @@ class Rounds:
         result = train_round(
             vector, dataset, study, task,
             progress=None, keys=self._keys, should_stop=lambda: False, compute=self._compute, inputs=inputs,
+            correction=self._controls.correction(hospital) if self._controls is not None else None,
         )  # fmt: skip
         assert result is not None  # noqa: S101  # nobody stops it
-        return result.delta
+        if self._controls is None:
+            return result.delta
+        return np.stack([result.delta, control_change(self._controls.server, result.delta, study)])

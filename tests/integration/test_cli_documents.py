@@ -265,7 +265,7 @@ def test_a_drafted_study_names_its_strategy(consortium: Path, tmp_path: Path, ru
     said = run("study", "draft", *options, "--strategy", "fedyogi", "--out", tmp_path)
     study = load_study((tmp_path / "study.yaml").read_bytes()).document
     assert study.server.strategy == "fedyogi"
-    assert "strategy: FedYogi (learning rate 0.03, momentum 0.9, second moment 0.99, adaptivity 0.001)" in said
+    assert "strategy: FedYogi (learning rate 0.1, momentum 0.9, second moment 0.99, adaptivity 0.001)" in said
     words = refused(
         "study", "draft", *options, "--strategy", "fedyogi", "--mechanism", "shared", "--out", tmp_path / "other"
     )

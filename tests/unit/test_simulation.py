@@ -16,9 +16,11 @@ from services.common.documents.study import load_study
 from services.common.errors import ServiceError
 from services.common.secagg.encoding import LaneTable, decode_class
 from services.common.secagg.rounding import clip_update
+from services.hospital_node.architectures import build
 from services.hospital_node.dataset import SPLITS
 from services.hospital_node.evaluation import evaluate
-from services.hospital_node.models import initial_vector, read_model_file
+from services.hospital_node.gradients import gradients
+from services.hospital_node.models import initial_vector, load_vector, read_model_file
 from services.hospital_node.training import Compute, Task, train_round
 from services.simulation import partition
 from services.simulation.consortium import COMMITTEE, assumed_charter, charter_for
@@ -173,6 +175,47 @@ def test_the_history_under_none_is_what_the_pure_functions_give(tmp_path: Path) 
     assert told[0].figures == {}
     assert told[1].figures["accuracy"] == hits.sum() / totals.sum()
     assert set(told[2].figures) == {"accuracy", "balanced_accuracy", "macro_auc"}
+
+
+def test_scaffold_is_algorithm_1_from_end_to_end(tmp_path: Path) -> None:
+    """Karimireddy 2020 (arXiv:1910.06378), option II, over whole rounds: gradients, lanes, sums, c and every c_i."""
+    steps, rate, rounds, names = 4, 0.3, 3, ("a", "b")
+    training = {"learning_rate": rate, "local_steps": steps, "batch_size": 64}
+    path = plain_study(tmp_path, training=training, rounds=rounds, server={"strategy": "scaffold"})
+    study = load_study(path.read_bytes())
+    document = study.document
+    pool = pool_arrays({"all": pictures(30)}, document.model, bytes(32), tmp_path, by_site=False)
+    cohort = Cohort(names, partition.equal(pool.labels, 2, 1), pool.dataset, pool.open(document, ONE_CORE))
+    charter, start = charter_for(study, names), initial_vector(document.model, 1)
+    found = Rounds(charter, study, cohort, start, tmp_path, masks=True, compute=ONE_CORE, keys=counted_keys())
+    assert [one.verdict for one in found.run()] == ["accepted"] * (rounds + 1)
+
+    keys, x = counted_keys(), start.astype(np.float64)
+    c, own = np.zeros(x.size), [np.zeros(x.size) for _ in names]
+    for _ in range(rounds):
+        moves, changes = [], []
+        for hospital, c_i in enumerate(own):
+            dataset, inputs = cohort.open(hospital)
+            module = build(document.model).train()
+            load_vector(module, x.astype(np.float32))
+            gradient_of, _steps = gradients(module, inputs, dataset, document, keys)
+            y = x.copy()
+            for _ in range(steps):
+                load_vector(module, y)
+                y = y - rate * (gradient_of()[0] - c_i + c)
+            after = c_i - c + (x - y) / (steps * rate)
+            moves.append(y - x)
+            changes.append(after - c_i)
+            own[hospital] = after
+        x = x + np.mean(moves, axis=0)
+        c = c + np.sum(changes, axis=0) / len(names)
+    assert np.abs(c).max() > 1e-3
+    assert np.allclose(found.model.vector, x, rtol=0, atol=1e-5)
+    plain = plain_study(tmp_path / "plain", training=training, rounds=rounds)
+    fedavg = load_study(plain.read_bytes())
+    other = Rounds(charter, fedavg, cohort, start, tmp_path, masks=False, compute=ONE_CORE, keys=counted_keys())
+    other.run()
+    assert not np.allclose(other.model.vector, x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("masks", [False, True], ids=["plain", "masked"])
