@@ -99,6 +99,11 @@ class Namespace:
         return run(self.helm, verb, self.site, "-n", self.name, *words, seconds=seconds)
 
     @property
+    def applies_server_side(self) -> bool:
+        """Whether this namespace's Helm asks the API server who owns a field, as Helm 4 does."""
+        return not run(self.helm, "version", "--template", "{{.Version}}").startswith("v3")
+
+    @property
     def pod(self) -> str:
         return f"{self.site}-0"
 

@@ -56,7 +56,7 @@ class Guide:
             elif word in RELEASES or word.removesuffix("-0") in RELEASES:
                 release = word.removesuffix("-0")
                 words.append(RELEASES[release] + word.removeprefix(release))
-            elif key == "plan.throughRound" and through is not None:
+            elif key in ("plan.throughRound", "WARDROUND_THROUGH_ROUND") and through is not None:
                 words.append(f"{key}={through}")
             elif equals and value in files:
                 words.append(f"{key}={files[value]}")
@@ -64,6 +64,8 @@ class Guide:
                 words.append(str(files.get(word, word)))
         if words[0] == "helm":
             words[0] = space.helm
+            if not space.applies_server_side:
+                words = [word for word in words if word != "--force-conflicts"]
         if words[1] == "install":
             words += ["-f", str(self._consortium.values(site))]
         return words

@@ -134,7 +134,10 @@ class World:
             return self.guide.run(f"helm install {release}", through=0)
         return self[site].release("install", self.chart(site), *self.consortium.files(site))
 
-    def upgrade(self, site: str, *words: str, study: str = "first") -> str:
+    def upgrade(self, site: str, *words: str, study: str = "first", taking_back: bool = False) -> str:
+        """`taking_back`: what kubectl has changed since becomes Helm's again, as the guide says."""
+        if taking_back and self[site].applies_server_side:
+            words = (*words, "--force-conflicts")
         return self[site].release("upgrade", self.chart(site), *self.consortium.files(site, study), *words)
 
     def ledger(self, hospital: str) -> list[dict[str, Any]]:

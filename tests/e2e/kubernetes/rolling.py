@@ -13,7 +13,7 @@ OPEN = ("training", "proposed", "endorsing", "collecting")
 
 def first_rounds(world: World) -> None:
     """New rounds are an ordinary upgrade of the target."""
-    world.guide.run("helm upgrade centre", "--reuse-values --set plan.throughRound", through=2)
+    world.guide.run("helm upgrade centre", "plan.throughRound=40", through=2)
     world.centre.rolled_out()
     world.round_over(2, 600)
     history = world.centre.kubectl("rollout", "history", f"statefulset/{CENTRE}")
@@ -37,7 +37,7 @@ def restart_opens_nothing(world: World) -> None:
 
 def set_env(world: World, through: int) -> None:
     """The kubectl way to more rounds."""
-    world.centre.kubectl("set", "env", f"statefulset/{CENTRE}", f"WARDROUND_THROUGH_ROUND={through}")
+    world.guide.run("kubectl set env", through=through)
     world.centre.rolled_out()
 
 
@@ -122,6 +122,7 @@ def second_study_in_mid_flight(world: World) -> None:
     for hospital in HOSPITALS:
         world.upgrade(hospital)
     number = world.wait(lambda now: now.phase in OPEN, 300, "a round should be open").round
+    world.guide.run("helm upgrade centre", "--force-conflicts", through=ROUNDS)  # kubectl had set it
     world.guide.run("helm upgrade centre", "plan.study=next/study.yaml", through=3)
     world.centre.rolled_out()
     world.round_over(number, 300)
@@ -167,7 +168,7 @@ def undo_really_undoes(world: World) -> None:
     """One more study rolled out, then `rollout undo`: study, target and annotation are those of before."""
     centre, consortium = world.centre, world.consortium
     before = centre.get("statefulset", CENTRE)["spec"]["template"]
-    world.upgrade(CENTRE, "--set", "plan.throughRound=1", study="first")
+    world.upgrade(CENTRE, "--set", "plan.throughRound=1", study="first", taking_back=True)
     centre.rolled_out()
     assert centre.get("statefulset", CENTRE)["spec"]["template"] != before
     world.guide.run("kubectl rollout undo")
@@ -181,7 +182,7 @@ def undo_really_undoes(world: World) -> None:
 def drain_the_node(world: World) -> None:
     """The node of the centre is drained in mid-round and comes back: everything returns, the round ends."""
     node = world.centre.get("pod", world.centre.pod)["spec"]["nodeName"]
-    world.upgrade(CENTRE, "--set", f"plan.throughRound={ROUNDS}", study="first")
+    world.upgrade(CENTRE, "--set", f"plan.throughRound={ROUNDS}", study="first", taking_back=True)
     world.centre.rolled_out()
     number = world.wait(lambda now: now.phase in OPEN, 300, "a round should be open").round
     with cordoned(node):
