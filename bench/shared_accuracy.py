@@ -33,7 +33,7 @@ from training import judge, open_sites  # noqa: E402
 
 from services.aggregator.strategy import Scalars, server_step  # noqa: E402
 from services.cli import demo_study  # noqa: E402
-from services.cli.drafts import unwritten_model, write_initial  # noqa: E402
+from services.cli.drafts import unwritten_model, views_of, write_initial  # noqa: E402
 from services.common.documents.costs import Noise, study_epsilon, training_noise  # noqa: E402
 from services.common.documents.study import BackboneSection, CohortSection, Study  # noqa: E402
 from services.common.dp.noise import discrete_gaussian, integer_sum  # noqa: E402
@@ -166,7 +166,7 @@ def main() -> None:
     weights = None
     if args.backbone:
         digest = hashlib.sha256(args.backbone.read_bytes()).hexdigest()
-        weights = BackboneSection(name="efficientnet-lite0", sha256=digest)
+        weights = BackboneSection(name="efficientnet-lite0", sha256=digest, views=views_of(args.model))
     classes = demo_study.HAM10000_CLASSES
     wanted = unwritten_model(args.model, args.image_size or tuned.image_size, classes, weights)
     args.state.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 from services.cli import demo_study, federation, passport, report, synthetic
 from services.cli.claim import claim_in_words
 from services.cli.data_check import check_folder
-from services.cli.drafts import unwritten_model, write_initial
+from services.cli.drafts import unwritten_model, views_of, write_initial
 from services.cli.evidence import administration, collect, place, status
 from services.cli.federation import Federation
 from services.cli.live import SiteView, Snapshot, View, snapshot_of
@@ -82,9 +82,9 @@ def demo(  # what a person may choose; each has a default that works
         typer.Option(help="the server step (docs/strategies.md); default: fedavg, and sgd under shared"),
     ] = None,
     epsilon: Annotated[float, typer.Option(min=0.01, help="ε of the whole study, evaluations included")] = 8.0,
-    model: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
+    model: Annotated[str, typer.Option(help="small-cnn, resnet18-gn, linear-head or centred-head")] = "small-cnn",
     image_size: Annotated[int | None, typer.Option(help="pixels of a side; default: tuned for the model")] = None,
-    backbone: Annotated[Path | None, typer.Option(help="weights file of EfficientNet-Lite0, for linear-head")] = None,
+    backbone: Annotated[Path | None, typer.Option(help="weights file of EfficientNet-Lite0, for the two heads")] = None,
     kill_one: Annotated[
         bool, typer.Option("--kill-one", help="kill a hospital and a pod in round 2 on purpose")
     ] = False,
@@ -162,7 +162,7 @@ def lay_out(
     settings = demo_study.settings_of(model, synthetic=synthetic_data)
     if quick_deadline:
         settings = replace(settings, submit_seconds=25)
-    weights = _backbone(output, backbone) if backbone is not None else None
+    weights = _backbone(output, backbone, model) if backbone is not None else None
     classes = synthetic.CLASSES if synthetic_data else _classes(folders)
     wanted = unwritten_model(model, image_size or settings.image_size, classes, weights)
     section = write_initial(wanted, output / "v0.safetensors", seed=1)
@@ -187,14 +187,15 @@ def lay_out(
     return laid
 
 
-def _backbone(output: Path, weights: Path) -> BackboneSection:
+def _backbone(output: Path, weights: Path, model: str) -> BackboneSection:
     """The weights file where every hospital of this machine finds it, named by its SHA-256."""
     if not weights.is_file():
         raise ServiceError(Reason.NOT_FOUND, f"--backbone {weights} is not a file: give EfficientNet-Lite0's weights")
     (output / "backbones").mkdir(parents=True, exist_ok=True)
     target = output / "backbones" / weights.name
     shutil.copyfile(weights, target)
-    return BackboneSection(name="efficientnet-lite0", sha256=hashlib.sha256(target.read_bytes()).hexdigest())
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    return BackboneSection(name="efficientnet-lite0", sha256=digest, views=views_of(model))
 
 
 def start(laid: Federation) -> Running:

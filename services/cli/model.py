@@ -59,7 +59,7 @@ def list_architectures(
     architectures, models = torch_side()
     rows = []
     for name, entry in architectures.REGISTRY.items():
-        backbone = BackboneSection(name="efficientnet-lite0", sha256="0" * 64) if name == "linear-head" else None
+        backbone = BackboneSection(name="efficientnet-lite0", sha256="0" * 64) if name in architectures.HEADS else None
         names = tuple(f"class-{number}" for number in range(classes))
         wanted = unwritten_model(name, image_size, names, backbone)
         numbers = models.size(models.layout(architectures.build(wanted)))

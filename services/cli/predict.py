@@ -23,7 +23,7 @@ NO_DEVICE = "This is no medical device. A probability is no diagnosis."
 _BATCH = 32
 
 Model = Annotated[Path, typer.Option("--model", help="model.safetensors; its passport.json lies beside it")]
-Backbones = Annotated[Path | None, typer.Option(help="folder with the frozen backbone's weights, for linear-head")]
+Backbones = Annotated[Path | None, typer.Option(help="folder with the frozen backbone's weights, for the two heads")]
 
 
 def predict(

@@ -92,9 +92,13 @@ def draft(
     ] = None,
     name: Annotated[str, typer.Option(help="the study's name: a-z, 0-9 and '-'")] = "first-study",
     purpose: Annotated[str, typer.Option(help="what an ethics board reads")] = "State here what this study is for.",
-    architecture: Annotated[str, typer.Option(help="small-cnn, resnet18-gn or linear-head")] = "small-cnn",
-    backbone: Annotated[str | None, typer.Option(help="for linear-head: the frozen backbone's name")] = None,
-    weights: Annotated[Path | None, typer.Option(help="for linear-head: the backbone's weights file")] = None,
+    architecture: Annotated[str, typer.Option(help="one of `wardround model list`")] = "small-cnn",
+    backbone: Annotated[
+        str | None, typer.Option(help="for linear-head and centred-head: the frozen backbone's name")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="for linear-head and centred-head: the backbone's weights file")
+    ] = None,
     image_size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="most training rounds")] = 20,
     mechanism: Annotated[

@@ -22,9 +22,10 @@ from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.dp.sampling import choose_one, poisson_sample
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import metrics
+from services.hospital_node.architectures import CENTRE_STEP, FEATURE_LENGTH, CentredHead
 from services.hospital_node.clipping import clipped_sum
 from services.hospital_node.dataset import Dataset, Fold
-from services.hospital_node.head import clipped_head_sum, gather
+from services.hospital_node.head import clipped_centred_sum, clipped_head_sum, gather
 from services.hospital_node.inputs import TURNS, FeatureInputs, Inputs
 from services.hospital_node.models import layout, size, trainable, trainable_vector
 
@@ -84,7 +85,7 @@ def clipped_sums(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Stu
         raise ServiceError(
             Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
         )
-    if isinstance(module, nn.Linear) and isinstance(inputs, FeatureInputs):
+    if isinstance(module, nn.Linear | CentredHead) and isinstance(inputs, FeatureInputs):
         return _of_head(module, inputs, dataset, study, keys)
     return _of_module(adjusted_scores(module, study), inputs, dataset, study, keys)
 
@@ -135,7 +136,9 @@ def _of_module(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study
     return total
 
 
-def _of_head(module: nn.Linear, inputs: FeatureInputs, dataset: Dataset, study: Study, keys: Keys) -> Gradient:
+def _of_head(
+    module: nn.Linear | CentredHead, inputs: FeatureInputs, dataset: Dataset, study: Study, keys: Keys
+) -> Gradient:
     """In closed form: float64, and no per-sample gradient is built; what q = 1 needs is gathered once and kept."""
     fold, training, classes = dataset.fold("train"), study.training, len(study.model.classes)
     shift = np.log(training.class_frequencies) if training.class_frequencies else np.zeros(classes)
@@ -151,7 +154,10 @@ def _of_head(module: nn.Linear, inputs: FeatureInputs, dataset: Dataset, study: 
             one = [images[i : i + 1] for images, i in zip(picked, picks, strict=True)]
             groups = gather(inputs.features, dataset.labels, one)
         vector, began = trainable_vector(module).astype(np.float64), time.perf_counter()
-        found = clipped_head_sum(vector, groups, _clip(study), shift, weights)
+        if isinstance(module, CentredHead):
+            found = clipped_centred_sum(vector, groups, _clip(study), shift, weights, CENTRE_STEP, FEATURE_LENGTH)
+        else:
+            found = clipped_head_sum(vector, groups, _clip(study), shift, weights)
         seen = sum(rows.labels.size for rows in groups)
         if study.privacy.sampling_rate == 1:  # else the time would tell how many were drawn
             metrics.computed(seen, time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""Per-patient clipped gradient sums of a linear head, in closed form and float64 (privacy.md §4, §5, §9).
+"""Per-patient clipped gradient sums of a linear and of a centred head, in closed form, float64 (privacy.md §4, §5, §9).
 
 The gradient of cross-entropy in the scores is e = softmax − truth, so a patient's gradient is the mean over its rows of
 e ⊗ (x, 1), and its squared norm follows from two small Gram matrices: Σ_rs (e_r·e_s)(x_r·x_s + 1). No gradient of one
@@ -7,12 +7,16 @@ does the same for any module.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from services.common.dp.clip import Clip
+
+CENTRE_PART = 0.15
+"""β: how much of the clip C a patient's pull on the centre may take; √(1 − β²)·C is left for the classifier."""
+_DOWN = 1 - 2.0**-40  # as in a clip: rounded down, so that both parts together never pass C
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -41,6 +45,42 @@ def gather(features: npt.NDArray[np.float32], labels: I64, patients: Sequence[I6
         values[~whole] = 0.0
         found.append(Rows(values, labels[index], values @ values.transpose(0, 2, 1) + 1.0, whole))
     return tuple(found)
+
+
+def clipped_centred_sum(
+    vector: F64,
+    groups: Sequence[Rows],
+    clip: Clip,
+    shift: F64,
+    weights: F64,
+    step: float,
+    length: float,
+    count_non_finite: Callable[[int], None] | None = None,
+) -> F64:
+    """The same for a centred head (d,): bias (c), centre (f), weight (c, f); `step`·centre is the point m.
+
+    The classifier sees `length`·(x − m)/|x − m| and its gradient is clipped to √(1 − β²)·C. The centre descends along
+    −βC · mean over rows of (x − m), each patient's cut to length 1: the gradient of βC/2 · |x − m|². Together at most
+    C, so noise and accounting are those of any other step (CENTRE_PART is β).
+    """
+    classes = shift.size
+    width = (vector.size - classes) // (classes + 1)
+    bias, centre, weight = np.split(vector, [classes, classes + width])
+    point, pull, own = step * centre, np.zeros(width), []
+    if not np.isfinite(point).all():
+        return np.zeros_like(vector)
+    for rows in groups:
+        away = rows.features - point
+        away[~rows.whole] = 0.0
+        with np.errstate(over="ignore"):
+            norms = np.linalg.norm(away, axis=2, keepdims=True)
+            away /= np.where(np.isfinite(norms) & (norms > 0), norms, np.inf)  # a direction, or nothing
+            mean = (away * np.minimum(norms, 2.0)).mean(axis=1)
+        pull += (mean / np.maximum(1.0, np.linalg.norm(mean, axis=1, keepdims=True))).sum(axis=0)
+        own.append(Rows(length * away, rows.labels, length**2 * (away @ away.transpose(0, 2, 1)) + 1.0, rows.whole))
+    left = replace(clip, norm=clip.norm * float(np.sqrt(1 - CENTRE_PART**2)))
+    found = clipped_head_sum(np.concatenate([bias, weight]), own, left, shift, weights, count_non_finite)
+    return np.concatenate([found[:classes], -CENTRE_PART * _DOWN * clip.norm * pull, found[classes:]])
 
 
 def clipped_head_sum(

@@ -15,7 +15,7 @@ from services.common.documents.study import ModelSection
 from services.common.errors import Reason, ServiceError
 from services.hospital_node.architectures import build
 from services.hospital_node.backbones import BACKBONES, load_backbone
-from services.hospital_node.inputs import PIXEL_MEAN, PIXEL_SPREAD
+from services.hospital_node.inputs import PIXEL_MEAN, PIXEL_SPREAD, unit_features
 from services.hospital_node.models import layout, load_vector, read_model_file
 
 OPSET = 18
@@ -27,9 +27,17 @@ class Classifier(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, head: nn.Module, backbone: nn.Module | None, mean: Tensor, scale: Tensor, temperature: float):
+    def __init__(
+        self,
+        head: nn.Module,
+        backbone: nn.Module | None,
+        mean: Tensor,
+        scale: Tensor,
+        temperature: float,
+        views: int = 1,
+    ) -> None:
         super().__init__()
-        self.head, self.backbone = head, backbone
+        self.head, self.backbone, self.views = head, backbone, views
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
         self.temperature = temperature
@@ -38,7 +46,7 @@ class Classifier(nn.Module):
         """See the class."""
         values = (images - self.mean) / self.scale
         if self.backbone is not None:
-            values = nn.functional.normalize(self.backbone(values), dim=1)
+            values = unit_features(self.backbone, values, self.views)
         return torch.softmax(self.head(values) / self.temperature, dim=1)
 
 
@@ -51,7 +59,8 @@ def open_classifier(model: ModelSection, file: Path, backbones: Path | None, tem
         return _frozen(Classifier(head, None, mean, scale, temperature))
     kind = BACKBONES[model.backbone.name]
     mean, scale = (torch.full((1, 3, 1, 1), value) for value in (kind.pixel_mean, kind.pixel_scale))
-    return _frozen(Classifier(head, load_backbone(model.backbone, backbones), mean, scale, temperature))
+    backbone = load_backbone(model.backbone, backbones)
+    return _frozen(Classifier(head, backbone, mean, scale, temperature, model.backbone.views))
 
 
 def probabilities(classifier: Classifier, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.common.documents.study import BackboneSection, ModelSection
 from services.common.errors import Reason, ServiceError
@@ -142,17 +142,24 @@ def cached_features(
         rows = missing[start : start + _EXTRACT_BATCH]
         pixels = torch.from_numpy(dataset.pixels(np.array(rows, np.int64))).to(device)
         with torch.inference_mode():
-            values = network((pixels.permute(0, 3, 1, 2).float() - kind.pixel_mean) / kind.pixel_scale)
-            found = torch.nn.functional.normalize(values, dim=1).cpu().numpy().astype("<f4")
+            values = (pixels.permute(0, 3, 1, 2).float() - kind.pixel_mean) / kind.pixel_scale
+            found = unit_features(network, values, section.views).cpu().numpy().astype("<f4")
         for row, feature in zip(rows, found, strict=True):
             write_feature(places[row], feature.tobytes())
         out[rows] = found
     return out
 
 
+def unit_features(network: nn.Module, images: Tensor, views: int) -> Tensor:
+    """(n, features) of length 1: the mean over `views` mirrored copies of each image (n, 3, h, w)."""
+    mirrored: tuple[list[int], ...] = ([], [3], [2], [2, 3])
+    found = torch.stack([network(torch.flip(images, axes)) for axes in mirrored[:views]]).mean(0)
+    return nn.functional.normalize(found, dim=1)
+
+
 def feature_cache(dataset: Dataset, section: BackboneSection) -> list[Path]:
-    """Where each image's features lie under the state folder: by backbone, size and the image's digest."""
-    cache = dataset.state / "features" / f"{section.sha256}-{dataset.image_size}"
+    """Where each image's features lie under the state folder: by backbone, views, size and the image's digest."""
+    cache = dataset.state / "features" / f"{section.sha256}-{dataset.image_size}-{section.views}"
     return [cache / f"{dataset.image_digest(image).hex()}.f32" for image in range(len(dataset))]
 
 

@@ -19,7 +19,7 @@ from services.common.documents.strategies import CONTROL
 from services.common.documents.study import ModelSection
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import replace_file
-from services.hospital_node.architectures import build, stored_name
+from services.hospital_node.architectures import CentredHead, build, stored_name
 from services.hospital_node.backbones import read_tensors
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -31,9 +31,11 @@ def initial_vector(model: ModelSection, seed: int) -> NDArray[np.float32]:
     """Public, reproducible v0 weights (d) for `study draft`; a torch generator is used here and nowhere else.
 
     Convolutions and inner linear layers: He. The classifier: zero, so the first prediction is uniform. Norms: weight
-    1, bias 0. Layer scales stay as the architecture has them.
+    1, bias 0. Layer scales stay as the architecture has them. A centred head is all zeros.
     """
     module = build(model)
+    if isinstance(module, CentredHead):
+        return trainable_vector(module)
     generator = torch.Generator().manual_seed(seed)
     *_, last = (part for part in module.modules() if isinstance(part, nn.Linear))
     for name, part in module.named_modules():
@@ -56,6 +58,8 @@ def converted_vector(model: ModelSection, weights: Path, seed: int) -> tuple[NDA
     file is another architecture's.
     """
     module = build(model)
+    if isinstance(module, CentredHead):
+        raise _bad_model("centred-head has no counterpart in torchvision: draft the study without such a file")
     load_vector(module, initial_vector(model, seed))
     stored = read_tensors(weights)
     left: list[str] = []

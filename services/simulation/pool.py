@@ -218,7 +218,7 @@ def _check_shapes(name: str, arrays: Arrays, model: ModelSection, count: int) ->
             )
     if arrays.features is not None:
         if model.backbone is None:
-            raise _bad(f"{name} has features, but {model.architecture} sees images: give `images`, or take linear-head")
+            raise _bad(f"{name} has features, but {model.architecture} sees images: give `images`, or take a head")
         wanted = (count, BACKBONES[model.backbone.name].features)
         if arrays.features.shape != wanted or not np.isfinite(arrays.features).all():
             raise _bad(

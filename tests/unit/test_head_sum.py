@@ -10,7 +10,7 @@ from torch import nn
 from services.common.dp.clip import Clip
 from services.common.dp.noise import integer_sum, sensitivity_rint
 from services.hospital_node.clipping import clipped_sum
-from services.hospital_node.head import clipped_head_sum, gather
+from services.hospital_node.head import CENTRE_PART, clipped_centred_sum, clipped_head_sum, gather
 
 FEATURES, CLASSES, BITS = 12, 5, 20
 NO_SHIFT, NO_WEIGHTS = np.zeros(CLASSES), np.ones(CLASSES)
@@ -129,3 +129,65 @@ def test_sensitivity_meter(kind: str, clip: Clip, weight: float) -> None:
     assert square <= Fraction(sensitivity_rint(BITS, clip.norm, vector.size)) ** 2
     if kind == "one-hot":  # the meter itself: half of it would be found out
         assert square > Fraction(sensitivity_rint(BITS, clip.norm, vector.size) / 2) ** 2
+
+
+STEP, LENGTH = 1 / 16, 3.0
+
+
+def centred(vector: np.ndarray, features: np.ndarray, labels: np.ndarray, patients: list[np.ndarray], clip: Clip,
+            weights: np.ndarray = NO_WEIGHTS) -> np.ndarray:  # fmt: skip
+    return clipped_centred_sum(vector, gather(features, labels, patients), clip, NO_SHIFT, weights, STEP, LENGTH)
+
+
+def with_centre(vector: np.ndarray, seed: int = 5) -> np.ndarray:
+    """(d,): bias, a centre, weight."""
+    centre = np.random.default_rng(seed).normal(size=FEATURES) / STEP / 3
+    return np.concatenate([vector[:CLASSES], centre, vector[CLASSES:]])
+
+
+@pytest.mark.parametrize("clip", [Clip(0.3), Clip(2.0), Clip(0.6, stability=0.01)])
+def test_a_centred_head_is_a_head_on_directions_and_a_pull_on_the_centre(clip: Clip) -> None:
+    """The classifier's part by autograd on the directions; the centre's is the clipped gradient of βC/2·|x − m|²."""
+    features, labels, patients, vector = site()
+    whole, weights = with_centre(vector), np.array([1.0, 0.2, 5.0, 1.0, 3.0])
+    point = STEP * whole[CLASSES : CLASSES + FEATURES]
+    away = features - point
+    directions = LENGTH * away / np.linalg.norm(away, axis=1, keepdims=True)
+    exact = of_patients(vector, directions, labels, patients, NO_SHIFT, weights)
+    norms, head = np.linalg.norm(exact, axis=1, keepdims=True), np.sqrt(1 - CENTRE_PART**2) * clip.norm
+    factors = head / (norms + clip.stability) if clip.stability else np.minimum(1, head / norms)
+    pull = np.zeros(FEATURES)
+    for rows in patients:
+        lengths = np.linalg.norm(away[rows], axis=1, keepdims=True)
+        mean = (away[rows] * np.minimum(1, 2 / lengths)).mean(axis=0)
+        pull += mean / max(1.0, np.linalg.norm(mean))
+    found = centred(whole, features, labels, patients, clip, weights)
+    parts = np.split(found, [CLASSES, CLASSES + FEATURES])
+    assert np.linalg.norm(np.concatenate([parts[0], parts[2]]) - (exact * factors).sum(axis=0)) < 1e-8
+    assert np.linalg.norm(parts[1] + CENTRE_PART * clip.norm * pull) < 1e-8
+
+
+def test_descending_the_pull_brings_the_centre_to_the_mean() -> None:
+    """At length 1, where nobody is cut, the fixed point is the mean over patients of their mean features."""
+    features, labels, patients, vector = site()
+    features /= 2 * np.linalg.norm(features, axis=1, keepdims=True)
+    whole = with_centre(vector) * 0
+    for _ in range(200):
+        whole -= 0.5 / STEP * centred(whole, features, labels, patients, Clip(1.0)) / len(patients)
+        whole[:CLASSES] = whole[CLASSES + FEATURES :] = 0
+    mean = np.mean([features[rows].mean(axis=0) for rows in patients], axis=0)
+    assert np.linalg.norm(STEP * whole[CLASSES : CLASSES + FEATURES] - mean) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ADVERSARIES)
+@pytest.mark.parametrize("clip", [Clip(0.5), Clip(0.5, stability=1e-9)], ids=["flat", "automatic"])
+def test_nobody_moves_both_parts_of_a_centred_head_beyond_the_clip(kind: str, clip: Clip) -> None:
+    _, _, _, vector = site()
+    rows, labels = ADVERSARIES[kind].astype(np.float32), np.array([0, 1])
+    for whole in (with_centre(vector), with_centre(vector) * 1e3, np.zeros(CLASSES + FEATURES + CLASSES * FEATURES)):
+        for patient in ([np.arange(2)], [np.array([0])]):
+            one = centred(whole, rows, labels, patient, clip, NO_WEIGHTS * 1e6)
+            assert np.isfinite(one).all()
+            assert np.linalg.norm(one) <= clip.norm
+            if kind == "nan":
+                assert not one.any()

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from services.common.documents.costs import training_noise
-from services.common.documents.study import Study
+from services.common.documents.study import BackboneSection, Study
 from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import inputs
-from services.hospital_node.backbones import EfficientNetLite0
+from services.hospital_node.architectures import HEADS
+from services.hospital_node.backbones import EfficientNetLite0, load_backbone
 from services.hospital_node.dataset import Dataset
 from services.hospital_node.evaluation import evaluate
 from services.hospital_node.inputs import cached_features
@@ -39,8 +40,8 @@ def site(tmp_path: Path) -> Dataset:
     return small_site(tmp_path / "data", tmp_path / "state", patients=12)
 
 
-def head_study(sha256: str, **changes: Any) -> Study:
-    model = {"architecture": "linear-head", "backbone": {"name": "efficientnet-lite0", "sha256": sha256}}
+def head_study(sha256: str, architecture: str = "linear-head", **changes: Any) -> Study:
+    model = {"architecture": architecture, "backbone": {"name": "efficientnet-lite0", "sha256": sha256}}
     return small_study(model=model, **changes)
 
 
@@ -60,15 +61,30 @@ def test_each_image_is_computed_once(
     assert not loads  # nor is the weights file needed any more
 
 
+@pytest.mark.parametrize(("views", "axes"), [(2, [3]), (4, [2]), (4, [3])])
+def test_views_make_an_image_and_its_mirror_one(backbones: tuple[Path, str], views: int, axes: list[int]) -> None:
+    folder, digest = backbones
+    network = load_backbone(BackboneSection(name="efficientnet-lite0", sha256=digest), folder)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found, mirrored = (inputs.unit_features(network, x, views) for x in (images, torch.flip(images, axes)))
+        single = [inputs.unit_features(network, x, 1) for x in (images, torch.flip(images, axes))]
+    torch.testing.assert_close(found, mirrored, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+    assert not torch.allclose(*single, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", HEADS)
 @pytest.mark.parametrize("rate", [1.0, 0.6])
 @pytest.mark.parametrize("mechanism", ["local", "shared"])
 def test_the_heads_closed_form_is_taken_and_trains(
-    site: Dataset, backbones: tuple[Path, str], tmp_path: Path, mechanism: str, rate: float
+    site: Dataset, backbones: tuple[Path, str], tmp_path: Path, mechanism: str, rate: float, architecture: str
 ) -> None:
     """Features of a frozen backbone never go through per-sample gradients: any call of them would fail here."""
     folder, digest = backbones
-    study = head_study(digest, mechanism=mechanism, privacy={"sampling_rate": rate, "noise_multiplier": 1e-3})
-    compute, start = Compute(threads=1, backbones=folder), initial_vector(head_study(digest).model, 1)
+    privacy = {"sampling_rate": rate, "noise_multiplier": 1e-3}
+    study = head_study(digest, architecture, mechanism=mechanism, privacy=privacy)
+    compute, start = Compute(threads=1, backbones=folder), initial_vector(study.model, 1)
     opened = prepare(site, study, compute)
     total = clipped_gradient_sum(
         start, site, study, keys=lambda: secrets.token_bytes(32), compute=compute, inputs=opened
@@ -84,12 +100,16 @@ def test_the_heads_closed_form_is_taken_and_trains(
         assert np.abs(result.delta).max() > 0
 
 
-def test_nobody_outside_can_tell_a_gradient_that_is_not_finite(backbones: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", HEADS)
+def test_nobody_outside_can_tell_a_gradient_that_is_not_finite(
+    backbones: tuple[Path, str], tmp_path: Path, architecture: str
+) -> None:
     """privacy.md §3: byte for byte what the site would send without that patient; no metric says more."""
     from prometheus_client import REGISTRY, generate_latest
 
     folder, digest = backbones
-    study = head_study(digest, mechanism="shared", privacy={"sampling_rate": 1.0, "patients": {"alice": 10}})
+    privacy = {"sampling_rate": 1.0, "patients": {"alice": 10}}
+    study = head_study(digest, architecture, mechanism="shared", privacy=privacy)
     compute, start = Compute(threads=1, backbones=folder), initial_vector(study.model, 1)
     noise = training_noise(study)
     sent, shown = [], []
@@ -118,7 +138,7 @@ def test_a_damaged_or_foreign_feature_is_computed_again(site: Dataset, backbones
     section = head_study(digest).model.backbone
     assert section is not None
     first = cached_features(site, section, CPU, folder)
-    cache = site.state / "features" / f"{digest}-{SIZE}"
+    cache = site.state / "features" / f"{digest}-{SIZE}-1"
     files = sorted(cache.glob("*.f32"))
     assert len(files) == len(site)
     files[0].write_bytes(bytes(4 * 1280 + 32))

@@ -20,7 +20,15 @@ from services.common.documents.study import BackboneSection, ModelSection
 from services.common.dp.clip import Clip
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import backbones
-from services.hospital_node.architectures import REGISTRY, build, import_torchvision, stored_name
+from services.hospital_node.architectures import (
+    CENTRE_STEP,
+    HEADS,
+    REGISTRY,
+    CentredHead,
+    build,
+    import_torchvision,
+    stored_name,
+)
 from services.hospital_node.backbones import EfficientNetLite0, load_backbone
 from services.hospital_node.clipping import clipped_sum
 from services.hospital_node.models import (
@@ -82,7 +90,7 @@ def test_resnet_survives_gradient_hooks() -> None:
 
 def named(quick: set[str]) -> list[Any]:
     """Every architecture with weights of its own; the large ones take their time."""
-    names = sorted(set(REGISTRY) - {"linear-head"})
+    names = sorted(set(REGISTRY) - set(HEADS))
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
@@ -170,8 +178,25 @@ def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
         converted_vector(section("mobilenet-v3-small-gn", 64), tmp_path / "public.pth", 1)
 
 
-def test_linear_head_trains_the_head_alone() -> None:
+def test_a_head_trains_the_head_alone() -> None:
     assert layout(build(LINEAR)) == (("bias", (3,)), ("weight", (3, 1280)))
+    centred = build(LINEAR.model_copy(update={"architecture": "centred-head"}))
+    assert layout(centred) == (("bias", (3,)), ("centre", (1280,)), ("weight", (3, 1280)))
+    assert not initial_vector(LINEAR.model_copy(update={"architecture": "centred-head"}), 1).any()
+
+
+def test_a_centred_head_scores_a_direction_from_its_centre() -> None:
+    """Near or far from the centre, one direction has one score; the centre itself has the bias."""
+    module = build(LINEAR.model_copy(update={"architecture": "centred-head"}))
+    drawn = np.random.default_rng(4)
+    load_vector(module, drawn.normal(size=size(layout(module))))
+    assert isinstance(module, CentredHead)
+    point = module.centre.detach() * CENTRE_STEP
+    away = torch.nn.functional.normalize(torch.from_numpy(drawn.normal(size=(1, 1280))).float())
+    near, far = (module(point + distance * away) for distance in (0.1, 20.0))
+    torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(far, module.bias + 3 * away @ module.weight.T, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(module(point[None]), module.bias[None], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

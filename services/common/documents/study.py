@@ -22,12 +22,15 @@ class BackboneSection(Section):
 
     name: str = Field(description="entry of the backbone registry")
     sha256: str = Field(description="SHA-256 of its weights file at the site")
+    views: Literal[1, 2, 4] = Field(
+        default=1, description="features are the mean over so many mirrored views: 2 left-right, 4 also upside down"
+    )
 
 
 class ModelSection(Section):
     """An architecture from the registry installed at the site; no code travels."""
 
-    architecture: str = Field(description="small-cnn, resnet18-gn or linear-head")
+    architecture: str = Field(description="an entry of the registry: `wardround model list`")
     image_size: int = Field(ge=8, le=1024, description="side in pixels after resizing")
     classes: tuple[str, ...] = Field(min_length=2, max_length=256)
     parameters: int = Field(ge=1, le=2**31, description="d: trainable float32 numbers in the model file")
