@@ -1,6 +1,7 @@
 """`wardround data import`: the originals untouched, a second run goes on, one clear line for what cannot be used."""
 
 import csv
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -88,6 +89,10 @@ def test_what_cannot_be_used_is_left_out_and_said(pictures: Path, tmp_path: Path
     told = CliRunner().invoke(app, ["import", "folder", str(pictures), "--out", str(tmp_path / "again")])
     assert told.exit_code == 1
     assert sum("nv/half.jpg" in line for line in told.stdout.splitlines()) == 1
+    again = CliRunner().invoke(app, ["import", "folder", str(pictures), "--out", str(tmp_path / "again"), "--json"])
+    found = json.loads(again.stdout)
+    assert (again.exit_code, found["images"], found["written"]) == (1, 4, 0)
+    assert {one["kind"] for one in found["findings"]} == {"empty file", "truncated"}
 
 
 def test_dicom_becomes_png_without_its_names_and_patients_stay_together(pictures: Path, tmp_path: Path) -> None:

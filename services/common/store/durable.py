@@ -47,9 +47,9 @@ def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
     Raises STORAGE. One writer for each path: a second one would share the name of the unfinished file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".new")
     with storing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
                 for part in parts:
