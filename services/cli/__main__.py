@@ -1,14 +1,17 @@
 """`wardround`: one command for every hand that a consortium has. Errors are one line with the next step."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there, not re-exported
 
 from services.cli import (
     audit,
     charter,
+    completion,
     data,
     demo,
     gather,
@@ -43,6 +46,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(gather.app, name="evidence")
 app.command("demo")(demo.demo)
+app.command("models")(model.list_architectures)
+app.command("completion")(completion.completion)
 app.command("simulate")(simulate.simulate)
 app.command("predict")(predict.predict)
 app.command("export")(predict.export)
@@ -52,26 +57,29 @@ app.command("report")(report.report)
 app.command("watch")(watch.watch)
 app.command("audit")(audit.audit)
 
-USAGE, REFUSED, BROKEN = 2, 1, 3
+USAGE, REFUSED, BROKEN, INTERRUPTED = 2, 1, 3, 130
 
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="show where an error came from")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show where an error came from; also after a command")] = False,
 ) -> None:
     """Options before any command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Exit codes: 0 done, 1 refused, 2 wrong usage, 3 a fault of this program."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--debug"]  # wherever it stands
+    if completion.VARIABLE in os.environ:
+        completion_init()
     try:
         code = app(words, prog_name="wardround", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _say("interrupted", INTERRUPTED)
     except Exception as error:
-        if "--debug" in words:
+        if words != given:
             raise
         return _explain(error)
 

@@ -1,8 +1,10 @@
 """`wardround charter`: draft from join files, sign as a pod's owner, verify out of band and pin (P-26)."""
 
+import json
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -152,6 +154,7 @@ def verify(
     pin: Annotated[Path, typer.Option(help="the pin to write")] = Path("pin.yaml"),
     pin_as: Annotated[PinAs | None, typer.Option("--as", help="`next` announces an amendment")] = None,
     signatures: Annotated[Path | None, typer.Option(help="the signatures file; default: beside the charter")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Show what this charter binds you to; pin it only after its twelve words were compared by voice (P-26).
 
@@ -159,10 +162,12 @@ def verify(
     """
     loaded = load_charter(read(charter), str(charter))
     role = _check_own(loaded, me, load_join(read(join), str(join)), str(join))
-    console = Console(highlight=False, soft_wrap=True)
-    _show(console, loaded, me, role)
+    console = Console(highlight=False, soft_wrap=True, quiet=as_json)
     path = signatures or charter.with_name(_SIGNATURES)
     signed = check_signatures(read(path), loaded, str(path)) if path.exists() else ()
+    if as_json:
+        print(json.dumps(_plain(loaded, me, role, signed), indent=2, ensure_ascii=False))
+    _show(console, loaded, me, role)
     console.print(f"signed by {len(signed)} pod owners, {loaded.roster.committee.quorum} are needed to start a round")
     if confirm is None:
         console.print('next: compare the words with two other members by voice, then add --confirm "the twelve words"')
@@ -240,6 +245,32 @@ def _show(console: Console, charter: LoadedCharter, me: str, role: Role) -> None
             "[bold red]colluding_hospitals is 0: each of two hospitals can read the other's vector together with the "
             "aggregator (P-12)[/]"
         )
+
+
+def _plain(charter: LoadedCharter, me: str, role: Role, signed: Collection[str]) -> dict[str, Any]:
+    """What `verify` shows, for a program."""
+    document, committee = charter.document, charter.roster.committee
+    return {
+        "consortium": document.consortium,
+        "version": document.version,
+        "sha256": charter.digest.hex(),
+        "words": " ".join(words_of(charter.digest)),
+        "demo": document.demo,
+        "me": {"role": role.value, "id": me},
+        "members": [
+            {
+                "role": member_role.value,
+                "id": member.id,
+                "organisation": member.organisation,
+                "fingerprint": member.identity_key,
+            }
+            for member_role, member in charter.members()
+        ],
+        "committee": {"pods": committee.pods, "threshold": committee.threshold, "quorum": committee.quorum},
+        "minimum_cohort": document.cohort.minimum,
+        "colluding_hospitals": document.cohort.colluding_hospitals,
+        "signed_by": sorted(signed),
+    }
 
 
 def _pin(path: Path, digest: str, pin_as: PinAs | None) -> None:

@@ -72,15 +72,16 @@ def folder_command(
     patient: Annotated[
         str | None, typer.Option(help=r"pattern whose group is the patient in a file's name, such as '^(P\d+)_'")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     r"""Bring in one folder for each class: JPEG and PNG are copied, DICOM becomes PNG without its names.
 
     Example: wardround data import folder pictures/ --out ward/ --patient '^(P\d+)_'
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     with _progress(console, "importing") as tick:
         done = import_folder(source, out, patient, tick)
-    _told(console, done)
+    _told(console, done, as_json)
 
 
 @importer.command("ham10000")
@@ -88,19 +89,41 @@ def ham10000_command(
     archive: Annotated[Path, typer.Argument(help="the published zips and HAM10000_metadata: a folder or one zip")],
     out: Annotated[Path, typer.Option(help="gets one folder for each of its sites")],
     sites: Annotated[str, typer.Option(help="only these, with commas: vidir_modern,rosendahl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Bring in HAM10000 as its authors publish it, by site. Its licence is CC BY-NC 4.0.
 
     Example: wardround data import ham10000 dataverse_files.zip --out sites/
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     with _progress(console, "importing") as tick:
         done = import_ham10000(archive, out, tuple(part.strip() for part in sites.split(",") if part.strip()), tick)
-    _told(console, done)
     console.print("HAM10000: Tschandl, Rosendahl, Kittler, Sci Data 5:180161 (2018); CC BY-NC 4.0, no commercial use.")
+    _told(console, done, as_json)
 
 
-def _told(console: Console, done: Imported) -> None:
+def _told(console: Console, done: Imported, as_json: bool) -> None:
+    """What an import did; exit code 1 where files could not be used."""
+    left_out = errors(done.findings)
+    if as_json:
+        told = {
+            "images": done.images,
+            "written": done.written,
+            "rows_without_image": done.without_image,
+            "tables": [str(table) for table in done.tables],
+            "findings": [
+                {"kind": one.kind.value, "severity": one.severity.value, "files": list(one.files), "detail": one.detail}
+                for one in done.findings
+            ],
+        }
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        _told_to_a_person(console, done, len(left_out))
+    if left_out:
+        raise typer.Exit(1)
+
+
+def _told_to_a_person(console: Console, done: Imported, left_out: int) -> None:
     for found in done.findings[:_SHOWN]:
         console.print(f"{found.severity.value}: {_line(found)}", markup=False)
     if len(done.findings) > _SHOWN:
@@ -109,11 +132,8 @@ def _told(console: Console, done: Imported) -> None:
         console.print(f"wrote {table}")
     if done.without_image:
         console.print(f"{done.without_image} rows of the table have no image here and were left out")
-    left_out = errors(done.findings)
-    console.print(f"{done.images} images are there, {done.written} of them new; {len(left_out)} could not be used")
+    console.print(f"{done.images} images are there, {done.written} of them new; {left_out} could not be used")
     console.print(f"Next: wardround data check {done.tables[0].parent}" if done.tables else "")
-    if left_out:
-        raise typer.Exit(1)
 
 
 def _line(found: Finding) -> str:

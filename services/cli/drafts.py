@@ -51,7 +51,7 @@ def a_year_from_now() -> datetime.date:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftChoices:
-    """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex.
+    """What a person decides; the rest follows. `weights` is the backbone's SHA-256 in hex, `start` a model file.
 
     `patients`: published, of a typical hospital. `sampling_rate`, `steps` and `strategy` None: what suits model and
     mechanism.
@@ -73,6 +73,7 @@ class DraftChoices:
     steps: int | None = None
     strategy: str | None = None
     seed: int = 1
+    start: Path | None = None
     expires: datetime.date = field(default_factory=a_year_from_now)
 
 
@@ -92,7 +93,7 @@ def draft_study(charter: LoadedCharter, choices: DraftChoices, initial: Path) ->
 
     Every split may use the whole ε: a patient is in one of them only. σ covers the spare rounds.
     """
-    model = write_initial(_model(choices), initial, choices.seed)
+    model = write_initial(_model(choices), initial, choices.seed, choices.start)
     gates = gate_rounds(choices.rounds)
     ours, shared, head = charter.document.cohort, choices.mechanism == "shared", model.backbone is not None
     steps = choices.steps or (1 if shared else 4)
@@ -163,11 +164,15 @@ def draft_policy(
     )
 
 
-def write_initial(wanted: ModelSection, path: Path, seed: int) -> ModelSection:
-    """Write v0 of `wanted` to `path`; the section with its parameters and digest. Needs torch at this site."""
+def write_initial(wanted: ModelSection, path: Path, seed: int, start: Path | None = None) -> ModelSection:
+    """Write v0 of `wanted` to `path`; the section with its parameters and digest. Needs torch at this site.
+
+    The numbers of the model file `start`, else drawn with `seed`. Raises INVALID_DATA for a file of another model.
+    """
     architectures, models = torch_side()
     shapes = models.layout(architectures.build(wanted))
-    digest = models.write_model_file(path, shapes, models.initial_vector(wanted, seed))
+    vector = models.initial_vector(wanted, seed) if start is None else models.read_model_file(start, shapes)
+    digest = models.write_model_file(path, shapes, vector)
     return wanted.model_copy(update={"parameters": models.size(shapes), "initial": digest.hex()})
 
 

@@ -51,7 +51,10 @@ def show(
 
 
 @app.command()
-def verify(source: _Source) -> None:
+def verify(
+    source: _Source,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
     """Walk the chain from its first link; of a state folder also: whatever was sent is debited, at the mark it names.
 
     Exit code 1 names the first broken link. What it cannot see is a chain that was cut at its end, or a whole folder
@@ -61,6 +64,14 @@ def verify(source: _Source) -> None:
     """
     opened = open_source(source)
     mark = verify_source(opened)
+    if as_json:
+        found = {
+            "events": mark.sequence if mark is not None else 0,
+            "head": mark.head.hex() if mark is not None else "",
+            "submissions": len(opened.sent) if opened.start is not None else None,
+        }
+        print(json.dumps(found, indent=2))
+        return
     console = Console(highlight=False, soft_wrap=True)
     if mark is None:
         console.print(f"{source}: empty, nothing was ever debited")

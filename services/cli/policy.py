@@ -1,6 +1,7 @@
 """`wardround policy`: a hospital's own consent, drafted for one study and tried against it."""
 
 import datetime
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,12 @@ _Study = Annotated[Path, typer.Option(help="the study, exact bytes")]
 
 
 @app.command()
-def check(policy: Annotated[Path, typer.Argument(help="the policy")], study: _Study, charter: _Charter) -> None:
+def check(
+    policy: Annotated[Path, typer.Argument(help="the policy")],
+    study: _Study,
+    charter: _Charter,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
     """Would this policy let the whole study run, evaluations and spare rounds included? Exit code 1 if not.
 
     Example: wardround policy check policy.yaml --study study.yaml --charter charter.yaml
@@ -52,8 +58,23 @@ def check(policy: Annotated[Path, typer.Argument(help="the policy")], study: _St
     )
     projection = replace(projection, round=total_rounds(loaded), rounds_left=loaded.document.rounds)
     refusal = decide(consent, held, loaded, projection, datetime.datetime.now(datetime.UTC).date())
+    if as_json:
+        told = {
+            "hospital": document.hospital,
+            "study": loaded.digest.hex(),
+            "allowed": refusal is None,
+            "reason": refusal.reason.value if refusal is not None else "",
+            "detail": refusal.detail if refusal is not None else "",
+            "rounds": loaded.document.rounds,
+            "epsilon": projection.study_after,
+            "dataset_epsilon": projection.dataset_after,
+            "dataset_epsilon_cap": document.dataset_epsilon,
+        }
+        print(json.dumps(told, indent=2, ensure_ascii=False))
     if refusal is not None:
         raise refusal
+    if as_json:
+        return
     Console(highlight=False, soft_wrap=True).print(
         f"{document.hospital} allows all {loaded.document.rounds} rounds of {loaded.document.name}"
         + (

@@ -31,11 +31,13 @@ def predict(
     model: Model,
     backbones: Backbones = None,
     form: Annotated[str, typer.Option("--format", help="table, csv or json")] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="the same as --format json")] = False,
 ) -> None:
     """What the model says of pictures: a probability for each class, scaled by the passport's temperature.
 
     Example: wardround predict --model build/demo/model.safetensors lesion.jpg
     """
+    form = "json" if as_json else form
     if form not in ("table", "csv", "json"):
         raise ServiceError(Reason.INVALID_DOCUMENT, f"--format {form!r} is unknown: choose table, csv or json")
     content = read_passport(model)

@@ -1,5 +1,6 @@
 """`wardround report RUN`: one self-contained HTML page about a run, for people; `--pdf` prints it as well."""
 
+import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,18 +37,27 @@ def report(
     run: Annotated[Path, typer.Argument(help="folder that `wardround demo --output` made, or collected evidence")],
     out: Annotated[Path | None, typer.Option(help="the page; default: report.html in RUN")] = None,
     pdf: Annotated[bool, typer.Option("--pdf", help="also print it to a PDF beside it (needs Chromium)")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write a study report: one HTML page with curves, ε, cohorts, calibration, timings and the passport.
 
-    It runs `wardround verify` and prints the outcome on the page. Example: wardround report build/demo --pdf
+    It runs `wardround verify` and prints the outcome on the page.
+
+    Example: wardround report build/demo --pdf
     """
     page = out or run / "report.html"
     holds = write_report(run, page)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"report: {page}")
-    if pdf:
-        browser.print_pdf(page, page.with_suffix(".pdf"))
-        console.print(f"printed: {page.with_suffix('.pdf')}")
+    printed = page.with_suffix(".pdf") if pdf else None
+    if printed is not None:
+        browser.print_pdf(page, printed)
+    if as_json:
+        found = {"report": str(page), "pdf": str(printed) if printed is not None else "", "verifies": holds}
+        print(json.dumps(found, indent=2))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"report: {page}")
+        if printed is not None:
+            console.print(f"printed: {printed}")
     if not holds:
         raise ServiceError(
             Reason.BAD_DIGEST,

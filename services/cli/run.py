@@ -97,6 +97,8 @@ def write_sums(evidence: Path) -> None:
 
 def check_sums(evidence: Path) -> int:
     """How many files SHA256SUMS covers. Raises BAD_DIGEST for a changed, missing or extra file."""
+    if not evidence.is_dir():
+        raise ServiceError(Reason.NOT_FOUND, f"{evidence} is not there: give a folder that holds `evidence`")
     lines = (evidence / SUMS).read_text().splitlines() if (evidence / SUMS).exists() else []
     wanted = {line[66:]: line[:64] for line in lines}
     found = {str(path.relative_to(evidence)): path for path in files_of(evidence)}

@@ -1,5 +1,6 @@
 """`wardround site`: what one site makes for itself. Its keys are made here and never leave."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -158,24 +159,29 @@ def check(
     config: Annotated[Path, typer.Option(help="the configuration that the service is started with")],
     study: Annotated[Path | None, typer.Option(help="a study: a hospital's data are held against it")] = None,
     connect: Annotated[bool, typer.Option(help="also look up and dial the aggregator's address")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Check files, keys, certificate, charter, data and state before the service starts. Exit code 1 if one fails.
 
     Example: wardround site check --config hospital.yaml --study study.yaml --connect
     """
     findings = check_site(config, study, connect, SystemClock().now_ms())
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in findings:
-        table.add_row(_MARKS[finding.state], finding.what, finding.detail)
-    console = Console(highlight=False)
-    console.print(table)
     failed = [finding for finding in findings if finding.state is Finding.State.FAILED]
+    if as_json:
+        checks = [{"what": one.what, "state": one.state.value, "detail": one.detail} for one in findings]
+        print(json.dumps({"ready": not failed, "checks": checks}, indent=2, ensure_ascii=False))
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for finding in findings:
+            table.add_row(_MARKS[finding.state], finding.what, finding.detail)
+        Console(highlight=False).print(table)
     if failed:
         raise ServiceError(
             Reason.INVALID_DOCUMENT,
             f"{len(failed)} of {len(findings)} checks of {config} failed, first: {failed[0].what}: {failed[0].detail}",
         )
-    console.print("ready to start")
+    if not as_json:
+        Console(highlight=False).print("ready to start")
 
 
 _MARKS = {

@@ -121,6 +121,10 @@ def draft(
         typer.Option(help="the server step (docs/strategies.md); default: fedavg, and sgd under shared"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of the public initial weights")] = 1,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="a model file to begin with, as `model convert` makes it; default: drawn weights"),
+    ] = None,
     expires: Annotated[datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="default: in a year")] = None,
 ) -> None:
     """Write a study that this charter accepts, with its initial model and the noise that its ε needs.
@@ -146,6 +150,7 @@ def draft(
         steps=steps,
         strategy=strategy.value if strategy is not None else None,
         seed=seed,
+        start=start,
         expires=expires.date() if expires is not None else a_year_from_now(),
     )
     loaded, target = write_draft(held, choices, out), out / "study.yaml"

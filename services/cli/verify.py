@@ -5,6 +5,7 @@ nobody holds back other evidence, or what a sum of masks hides.
 """
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -59,14 +60,31 @@ Say = Callable[[str], None]
 
 def verify(
     run: Annotated[Path, typer.Argument(help="folder that `wardround demo --output` made, or collected evidence")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Check a run offline: every signature, certificate, receipt, digest, released figure and the models' lineage.
 
     Example: wardround verify build/demo
     """
+    if as_json:
+        _verify_for_a_program(run)
+        return
     console = Console()
     verify_run(run, lambda line: console.print(line, highlight=False, soft_wrap=True))
     console.print(f"{run}: everything verifies")
+
+
+def _verify_for_a_program(run: Path) -> None:
+    said: list[str] = []
+    fault, signatures = "", 0
+    try:
+        signatures = verify_run(run, said.append)
+    except ServiceError as error:
+        fault = error.detail
+        raise
+    finally:
+        found = {"verifies": not fault, "signatures": signatures, "checked": said, "fault": fault}
+        print(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @dataclass

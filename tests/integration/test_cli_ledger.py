@@ -122,6 +122,8 @@ def test_export_and_state_verify_and_show_the_same(
     from_state = run(capsys, "verify", folder)[1]
     assert last in from_state
     assert "2 submissions, each debited before it was signed" in from_state
+    told = json.loads(run(capsys, "verify", folder, "--json")[1])
+    assert told == {"events": 4, "head": last, "submissions": 2}
     assert run(capsys, "show", out, "--json")[1] == run(capsys, "show", folder, "--json")[1]
     code, _, err = run(capsys, "export", folder, "--out", out)
     assert (code, "not overwritten" in err) == (1, True)
