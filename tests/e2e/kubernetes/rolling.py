@@ -121,8 +121,10 @@ def second_study_in_mid_flight(world: World) -> None:
     consortium.consent("first", "second")
     for hospital in HOSPITALS:
         world.upgrade(hospital)
+    # kubectl set the target last; a value that stays the same would stay kubectl's, too
+    world.guide.run("helm upgrade centre", "--force-conflicts", through=ROUNDS - 1)
+    world.centre.rolled_out()
     number = world.wait(lambda now: now.phase in OPEN, 300, "a round should be open").round
-    world.guide.run("helm upgrade centre", "--force-conflicts", through=ROUNDS)  # kubectl had set it
     world.guide.run("helm upgrade centre", "plan.study=next/study.yaml", through=3)
     world.centre.rolled_out()
     world.round_over(number, 300)
