@@ -50,8 +50,13 @@ def _with_control(model: Path, table: LaneTable, sums: Path, step: Step, hospita
     lane = table.lane_class("control")
     parameters = lane.values
     with model.open("rb") as file:
-        had = CONTROL in json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+    had = model.stat().st_size - 8 - length > 4 * parameters
     header, offset = read_header(model, parameters * (2 if had else 1))
+    if had and CONTROL not in header:
+        raise ServiceError(
+            Reason.INVALID_DATA, f"model file {model.name} holds more than the study's model and {CONTROL}"
+        )
     with model.open("rb") as weights, model.open("rb") as controls:
         weights.seek(offset)
         controls.seek(offset + 4 * parameters)

@@ -11,6 +11,7 @@ import pytest
 
 from services.aggregator.modelfile import check_model_file
 from services.aggregator.next_model import next_model
+from services.aggregator.tally import SumCheck
 from services.common.documents.shape import check_study, round_shape
 from services.common.documents.strategies import CONTROL, model_numbers, strategy_in_words
 from services.common.documents.study import LoadedStudy
@@ -165,6 +166,28 @@ def test_a_round_carries_two_lanes_a_parameter() -> None:
     assert model_numbers(study.document) == 2 * D
     assert "control" not in {lane.name for lane in round_shape(charter, study, 4).table.lanes}  # the final evaluation
     assert strategy_in_words(study.document) == "SCAFFOLD (learning rate 0.5)"
+
+
+def test_another_tensor_in_the_place_of_the_control_variate_is_refused(tmp_path: Path) -> None:
+    study, table = study_of(), round_shape(make_documents().charter, study_of(), 1).table
+    (tmp_path / "sum").write_bytes(summed(table, 3, 1)[1])
+    (tmp_path / "v1").write_bytes(model_bytes(2 * D))
+    with pytest.raises(ServiceError) as caught:
+        list(next_model(study.document, 1, 3, HOSPITALS, table, tmp_path / "v1", None, tmp_path / "sum")[1])
+    assert caught.value.reason is Reason.INVALID_DATA
+
+
+def test_a_sum_of_changes_beyond_the_clip_is_a_fault() -> None:
+    """protocol.md §7: the norm of the control lanes' sum is held to |U| times their own clip."""
+    table = round_shape(make_documents().charter, study_of(), 1).table
+    values, packed = summed(table, 3, 1)
+    check = SumCheck(table, 3)
+    check.add(packed)
+    norm = float(np.linalg.norm(values["control"] / 2.0 ** table.lane_class("control").fraction_bits))
+    check.check_norm("control", norm / 3 * 1.001)
+    assert check.fault == ""
+    check.check_norm("control", norm / 3 * 0.999)
+    assert "control" in check.fault
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
