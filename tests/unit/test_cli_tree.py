@@ -1,21 +1,19 @@
-"""The command line as a whole: every command teaches with an example, docs/cli.md is it, one voice for errors."""
+"""The command line as a whole: every command teaches with an example, one voice for errors."""
 
 import json
 import os
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from services.cli.__main__ import BROKEN, REFUSED, USAGE, app, main
 from services.cli.completion import VARIABLE
-from services.cli.reference import commands, reference, told
+from services.cli.reference import commands, told
 from tests.support.documented import parse
 
-GUIDE = Path(__file__).parents[2] / "docs" / "cli.md"
 TREE = {" ".join(words): command for words, command in commands(get_command(app))}
 FOR_SCRIPTS = {
     "charter verify", "data check", "data import folder", "data import ham10000", "ledger show", "ledger verify",
@@ -38,10 +36,6 @@ def test_every_command_has_an_example_that_parses(name: str) -> None:
 @pytest.mark.parametrize("name", TREE)
 def test_every_option_says_what_it_is(name: str) -> None:
     assert [parameter.name for parameter in TREE[name].params if not parameter.help] == []
-
-
-def test_the_guide_is_the_command_line() -> None:
-    assert GUIDE.read_text() == reference(), "run: python -m services.cli.reference > docs/cli.md"
 
 
 def test_what_a_script_may_read_has_json() -> None:
