@@ -7,9 +7,9 @@ import grpc
 from services.aggregator import facts as f
 from services.aggregator.coordinator import Coordinator, Snapshot
 from services.aggregator.plan import adopted
-from services.aggregator.round import Phase
+from services.aggregator.round import Phase, State
 from services.aggregator.store import Store
-from services.aggregator.study_run import StudyRun
+from services.aggregator.study_run import Link, StudyRun
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.feed import Feed
 from services.common.rpc.interceptor import peer
@@ -51,9 +51,32 @@ def view(snapshot: Snapshot, model_bytes: Callable[[bytes], int]) -> round_pb2.W
     if phase in (round_pb2.ROUND_PHASE_COLLECTING, round_pb2.ROUND_PHASE_CLOSING):
         shown.manifest = state.M
         shown.phase_ends = state.deadline
-    elif phase == round_pb2.ROUND_PHASE_TRAINING:
+        if phase == round_pb2.ROUND_PHASE_COLLECTING:
+            shown.endorsed.CopyFrom(_endorsed(state))
+        return shown
+    if phase == round_pb2.ROUND_PHASE_TRAINING:
         shown.phase_ends = state.train_until
+    if run.links:
+        shown.newest_result.CopyFrom(_linked(run.links[-1]))
+        shown.newest_result_after = run.links[-2].round if len(run.links) > 1 else 0
     return shown
+
+
+def _endorsed(state: State) -> round_pb2.GetManifestResponse:
+    return round_pb2.GetManifestResponse(
+        manifest=state.manifest,
+        endorsements=[to_wire(state.endorsements[pod]) for pod in state.pods if pod in state.endorsements],
+        abandons=state.abandoned,
+    )
+
+
+def _linked(link: Link) -> round_pb2.ResultLink:
+    return round_pb2.ResultLink(
+        result=to_wire(link.result),
+        manifest=link.manifest,
+        endorsements=[to_wire(endorsement) for endorsement in link.endorsements],
+        certificate=link.certificate,
+    )
 
 
 class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
@@ -64,7 +87,7 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         self._store = store
         self._runs = runs
         self._sizes: dict[bytes, int] = {}
-        self._shown: tuple[Snapshot, round_pb2.WatchRoundsResponse] | None = None
+        self._shown: tuple[Snapshot, round_pb2.WatchRoundsResponse, bytes] | None = None
 
     def WatchRounds(  # noqa: N802, D102  # gRPC's names
         self, request: round_pb2.WatchRoundsRequest, context: grpc.ServicerContext
@@ -76,9 +99,9 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
 
         def told(snapshot: Snapshot) -> None:
             if self._shown is None or self._shown[0] is not snapshot:  # one for all watchers
-                self._shown = snapshot, view(snapshot, self._size)
-            shown = self._shown[1]
-            text = shown.SerializeToString()
+                viewed = view(snapshot, self._size)
+                self._shown = snapshot, viewed, viewed.SerializeToString()
+            _, shown, text = self._shown
             if last != [text]:
                 last[:] = [text]
                 feed.replace(shown)
@@ -114,11 +137,7 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         open_now = state.phase not in (Phase.IDLE, Phase.FINISHED, Phase.TRAINING, Phase.PROPOSED, Phase.ENDORSING)
         if request.study != snapshot.run.study.digest or request.round != state.round or not open_now:
             raise ServiceError(Reason.WRONG_PHASE, f"round {request.round} has no endorsed manifest now: watch rounds")
-        return round_pb2.GetManifestResponse(
-            manifest=state.manifest,
-            endorsements=[to_wire(state.endorsements[pod]) for pod in state.pods if pod in state.endorsements],
-            abandons=state.abandoned,
-        )
+        return _endorsed(state)
 
     def ListResults(  # noqa: N802, D102
         self, request: round_pb2.ListResultsRequest, context: grpc.ServicerContext
@@ -127,12 +146,7 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         for link in self._runs.of(request.study).links:
             if link.round <= request.after_round:
                 continue
-            item = round_pb2.ResultLink(
-                result=to_wire(link.result),
-                manifest=link.manifest,
-                endorsements=[to_wire(endorsement) for endorsement in link.endorsements],
-                certificate=link.certificate,
-            )
+            item = _linked(link)
             if len(answer.links) >= _MOST_LINKS or answer.ByteSize() + item.ByteSize() > _MOST_BYTES:
                 break
             answer.links.append(item)

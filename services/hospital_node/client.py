@@ -34,23 +34,6 @@ class Phase(IntEnum):
 
 
 @dataclass(frozen=True)
-class RoundState:
-    """The aggregator's present claim; digests are 32 bytes or empty. Nothing rests on it that is not checked."""
-
-    phase: Phase
-    charter: bytes
-    study: bytes
-    round: int
-    attempt: int
-    model: bytes
-    model_bytes: int
-    previous_result: bytes
-    manifest: bytes
-    phase_ends: int
-    closed_round: int
-
-
-@dataclass(frozen=True)
 class ManifestAnswer:
     """Exact bytes of a manifest, its endorsements, and blobs of abandon certificates of earlier attempts."""
 
@@ -67,6 +50,30 @@ class ResultAnswer:
     manifest: bytes
     endorsements: tuple[Signed, ...]
     certificate: bytes
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """The aggregator's present claim; digests are 32 bytes or empty. Nothing rests on it that is not checked.
+
+    `endorsed` and `newest_result` are what would be asked for next, where they came along; the latter is for whoever
+    holds the results through round `newest_result_after`.
+    """
+
+    phase: Phase
+    charter: bytes
+    study: bytes
+    round: int
+    attempt: int
+    model: bytes
+    model_bytes: int
+    previous_result: bytes
+    manifest: bytes
+    phase_ends: int
+    closed_round: int
+    endorsed: ManifestAnswer | None = field(default=None, repr=False)
+    newest_result: ResultAnswer | None = field(default=None, repr=False)
+    newest_result_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class AggregatorClient:
             round_pb2.GetManifestRequest(study=study, round=round_number),
             seconds=_SECONDS,
         )
-        return ManifestAnswer(answer.manifest, tuple(map(from_wire, answer.endorsements)), tuple(answer.abandons))
+        return _manifest_answer(answer)
 
     def results(self, study: bytes, after_round: int) -> tuple[ResultAnswer, ...]:
         """The results after the one that the caller holds, oldest first; perhaps not all at once."""
@@ -142,12 +149,7 @@ class AggregatorClient:
             round_pb2.ListResultsRequest(study=study, after_round=after_round),
             seconds=_SECONDS,
         )
-        return tuple(
-            ResultAnswer(
-                from_wire(link.result), link.manifest, tuple(map(from_wire, link.endorsements)), link.certificate
-            )
-            for link in answer.links
-        )
+        return tuple(map(_result_answer, answer.links))
 
     def decline(self, study: bytes, round_number: int, reason: Reason) -> None:
         """Say that this hospital stays out; never for a reason that depends on patients' data (P-6)."""
@@ -211,4 +213,17 @@ def round_state(answer: round_pb2.WatchRoundsResponse) -> RoundState:
         answer.manifest,
         answer.phase_ends,
         answer.closed_round,
+        _manifest_answer(answer.endorsed) if answer.HasField("endorsed") else None,
+        _result_answer(answer.newest_result) if answer.HasField("newest_result") else None,
+        answer.newest_result_after,
+    )
+
+
+def _manifest_answer(answer: round_pb2.GetManifestResponse) -> ManifestAnswer:
+    return ManifestAnswer(answer.manifest, tuple(map(from_wire, answer.endorsements)), tuple(answer.abandons))
+
+
+def _result_answer(link: round_pb2.ResultLink) -> ResultAnswer:
+    return ResultAnswer(
+        from_wire(link.result), link.manifest, tuple(map(from_wire, link.endorsements)), link.certificate
     )

@@ -26,7 +26,7 @@ from services.common.secagg.messages import LedgerMark
 from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.attempt import check_attempt
-from services.hospital_node.client import AggregatorClient, Phase, RoundState, Upload
+from services.hospital_node.client import AggregatorClient, ManifestAnswer, Phase, RoundState, Upload
 from services.hospital_node.control import own_control
 from services.hospital_node.datacheck import require_check
 from services.hospital_node.events import Checked
@@ -133,20 +133,19 @@ class Participation:
             self._say("submitted", "the aggregator has this round's vector; its receipt is stored")
             return
         if pending is not None:
-            self._upload(
-                pending, charter
-            )  # paid for and perhaps half sent: the same bytes, whatever the policy says now
+            self._upload(pending, charter)  # paid for, perhaps half sent: the same bytes, whatever the policy says now
             return
         shape = round_shape(charter, study, state.round)
         self._check_model(study, state)
         self._consent(charter, study, state)
-        vector = self._prepare(charter, study, shape, state, should_stop)
+        kept = self.store.vector(study.digest, state.round)
+        vector = self._prepare(charter, study, shape, state, kept, should_stop)
         if vector is None:
             self._say("stopped", "the round ended, or this process is stopping, before training was done")
         elif state.phase is Phase.TRAINING:
             self._say("trained", "waiting for the round's manifest")
-        else:
-            self._submit(charter, study, vector, state)
+        else:  # after a training the manifest that came with the claim may be that of an attempt which is over
+            self._submit(charter, study, vector, state.endorsed if vector == kept else None)
 
     def _consent(self, charter: LoadedCharter, study: LoadedStudy, state: RoundState) -> None:
         """Policy and ledger (L-2), before any model is downloaded."""
@@ -166,10 +165,10 @@ class Participation:
         study: LoadedStudy,
         shape: RoundShape,
         state: RoundState,
+        kept: Vector | None,
         should_stop: Callable[[], bool],
     ) -> Vector | None:
         """x under (study, round): the stored one, else one new draw of sampling and noise. None when stopped."""
-        kept = self.store.vector(study.digest, state.round)
         if kept is not None and (kept.charter, kept.model) == (charter.digest, state.model):
             return kept
         if kept is not None and any(sent.round == state.round for sent in self.store.sent(study.digest)):
@@ -204,10 +203,10 @@ class Participation:
             return self._trainer.evaluate(study, model, "test")
         return self._trainer.evaluate(study, model, "validation") if shape.has_gate else None
 
-    def _submit(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, state: RoundState) -> None:
+    def _submit(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, came: ManifestAnswer | None) -> None:
         self._say("submitting", "checking the manifest")
-        answer = self._client.manifest(study.digest, state.round)
-        own = core_for(charter, study, state.round, self.store.chain(study.digest).digest, vector.model)
+        answer = came or self._client.manifest(study.digest, vector.round)
+        own = core_for(charter, study, vector.round, self.store.chain(study.digest).digest, vector.model)
         checked = check_attempt(
             answer.manifest,
             answer.endorsements,
@@ -303,7 +302,9 @@ class Participation:
         """Take new signed results; an alarm stops the study here for good."""
         rosters = {charter: loaded.roster for charter, loaded in self._consents.held_charters().items()}
         while state.previous_result and state.previous_result != self.store.chain(study.digest).digest:
-            answers = self._client.results(study.digest, self.store.chain(study.digest).round)
+            held = self.store.chain(study.digest).round
+            came = state.newest_result if state.newest_result_after == held else None
+            answers = (came,) if came is not None else self._client.results(study.digest, held)
             if not answers:
                 break  # the claim does not end in a chain: the manifest's own check will refuse it
             try:

@@ -31,9 +31,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"), D, **NONE)
 
 
-@pytest.fixture
-def aggregator(world: World) -> Iterator[FakeAggregator]:
+@pytest.fixture(params=[False, True], ids=["asked", "sent along"])
+def aggregator(world: World, request: pytest.FixtureRequest) -> Iterator[FakeAggregator]:
+    """Manifest and newest result are answers, or come with the state: what is refused is the same."""
     fake = FakeAggregator(world)
+    fake.sends_along = request.param
     fake.start()
     yield fake
     fake.stop()
@@ -426,6 +428,7 @@ def test_l3_result_without_a_valid_certificate_stops_the_study(
         cohort = aggregator.world.consortium.cohort(checked, others(header))
         pods = (0, 1) if lie == "too few locks" else (1, 2, 3)
         aggregator.links[0].certificate = aggregator.world.consortium.certificate(cohort, pods=pods)
+        aggregator.publish()
     debits = site.participation.ledger.debits()
     assert site.refusal().reason is Reason.CONFLICT
     assert site.store.halted(aggregator.world.study.digest) is not None

@@ -11,12 +11,14 @@ import pytest
 
 from services.cli.synthetic import write_sites
 from services.common.errors import Reason
+from services.common.secagg.signing import digest
 from services.hospital_node import metrics
 from services.hospital_node.architectures import build
 from services.hospital_node.models import layout, size, write_model_file
 from services.hospital_node.node import Node
 from services.hospital_node.trainer import SiteTrainer
 from services.hospital_node.training import Compute
+from tests.support.consortium import derive
 from tests.support.fake_aggregator_for_hospitals import FakeAggregator
 from tests.support.hospital_site import Site, lanes_of
 from tests.support.hospital_world import World, make_world
@@ -141,6 +143,29 @@ def test_p6_what_leaves_beside_y_does_not_depend_on_the_data(
             site.close()
             fake.stop()
     assert seen[0] == seen[1]
+
+
+def test_what_came_with_the_state_is_not_asked_for(world: World, aggregator: FakeAggregator, tmp_path: Path) -> None:
+    """But a manifest is asked for after a training: its attempt may be over by then."""
+    site = Site(world, aggregator, tmp_path / "alice", aggregator.address)
+    aggregator.sends_along = True
+    for number in (1, 2):
+        aggregator.open_round(number)
+        site.step()
+        checked = aggregator.collect()
+        site.step()
+        header = digest("header", aggregator.submissions()[-1].header.blob)
+        others = {name: derive("header", name) for name in ("bob", "carol")}
+        aggregator.finish(checked, {"alice": header, **others})
+    site.step()
+    assert site.store.chain(world.study.digest).round == 2
+    assert {"manifest", "results"}.isdisjoint(aggregator.calls)
+    aggregator.open_round(3)
+    aggregator.collect()
+    site.step()
+    assert aggregator.calls.count("manifest") == 1
+    assert len(aggregator.submissions()) == 3
+    site.close()
 
 
 def test_round_that_ends_stops_the_training_of_it(world: World, aggregator: FakeAggregator, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class FakeAggregator(
         self.calls: list[str] = []
         self.declined: list[tuple[int, str]] = []
         self.hold_receipt = False
+        self.sends_along = False  # manifest and newest result travel with the state, as the real one does it
         self.address = ""
         self._feeds: list[Feed[round_pb2.WatchRoundsResponse]] = []
         self._changed = threading.Condition()
@@ -103,8 +104,19 @@ class FakeAggregator(
         with self._changed:
             for name, value in changes.items():
                 setattr(self.state, name, value)
+            self._send_along()
             for feed in self._feeds:
                 feed.push(self._copy())
+
+    def _send_along(self) -> None:
+        self.state.ClearField("endorsed")
+        self.state.ClearField("newest_result")
+        collecting = self.state.phase == round_pb2.ROUND_PHASE_COLLECTING
+        if self.sends_along and collecting and self.answer is not None:
+            self.state.endorsed.CopyFrom(self.answer)
+        if self.sends_along and not collecting and self.links:
+            self.state.newest_result.CopyFrom(self.links[-1])
+            self.state.newest_result_after = _round(self.links[-2]) if len(self.links) > 1 else 0
 
     def wait(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Return when `condition` holds; it is looked at after every call that arrives."""
