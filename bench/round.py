@@ -217,6 +217,18 @@ def _peak(service: Service) -> float:
     raise RuntimeError(f"no VmHWM of {service.name}")
 
 
+def processor_seconds(roles: dict[str, list[Service]]) -> dict[str, float]:
+    """Processor time of all processes of a role until now, user and system together (proc(5), stat)."""
+    return {role: sum(map(_processor_seconds, services)) for role, services in roles.items()}
+
+
+def _processor_seconds(service: Service) -> float:
+    if service.process is None:
+        raise RuntimeError(f"{service.name} was never started")
+    fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def disk_speed() -> float:
     """MB/s of one fsynced write of 64 MB: in secure mode all sites' vectors reach this one disk."""
     path, block = SCRATCH / "disk", os.urandom(1 << 20)

@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.round import from_log, peak_mib, stopping, waiting  # noqa: E402
+from bench.round import from_log, peak_mib, processor_seconds, stopping, waiting  # noqa: E402
 from bench.secagg import machine  # noqa: E402
 from services.aggregator.store import Store  # noqa: E402
 from services.cli import federation  # noqa: E402
@@ -158,11 +158,18 @@ def measure(laid: Federation, rounds: int) -> dict[str, Any]:
             if service is not centre:
                 service.start()
         with administration(laid, laid.aggregator, address) as stub:
+            marks: list[tuple[int, dict[str, float]]] = []  # (round, processor seconds until then)
             for _ in waiting(roles):
                 now = status(stub)
+                if now is not None and now.round > WARM:
+                    marks = [*marks[:1], (now.round, processor_seconds(roles))]
                 if now is not None and now.finished:
                     break
         memory = peak_mib(roles)
+    if len(marks) < 2 or marks[0][0] == marks[1][0]:
+        raise RuntimeError("the rounds were over before two looks at them: give more --rounds")
+    (first, before), (last, after) = marks  # an estimate: a mark lies somewhere inside its round
+    spent = {role: round((after[role] - before[role]) / (last - first), 4) for role in roles}
     store = Store(laid.aggregator.state)
     try:
         found = from_log(store.facts(laid.study.digest), WARM)
@@ -173,6 +180,7 @@ def measure(laid: Federation, rounds: int) -> dict[str, Any]:
         "rounds": rounds - WARM,
         "rounds_per_second": round((rounds - WARM) / seconds, 3),
         **found,
+        "processor_seconds_a_round": spent,
         "peak_rss_mib": memory,
     }
 
@@ -201,6 +209,10 @@ def main() -> None:
     print(f"{report['rounds_per_second']} rounds a second, median {report['seconds_median']} s; of which, in seconds:")
     for name, value in {**report["steps"], **report["hospital_seconds"]}.items():
         print(f"  {name:24} {value:.4f}")
+    spent, cores = report["processor_seconds_a_round"], report["machine"]["cores"]
+    each = ", ".join(f"{role} {seconds:.4f}" for role, seconds in spent.items())
+    most = cores / sum(spent.values())
+    print(f"processor seconds a round: {each}; so {cores} cores give {most:.2f} rounds a second at the very most")
     print(json.dumps(report))
 
 

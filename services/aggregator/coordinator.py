@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from services.aggregator import facts as f
 from services.aggregator import metrics
@@ -284,7 +285,7 @@ class Coordinator:
                 for told in list(self._watchers.values()):
                     told(self._snapshot)
         relay = run.state.phase in (Phase.IDLE, Phase.TRAINING)
-        asked = orders(run.state, run.rules, run.study.digest, run.total_bytes, held)
+        asked = orders(run.state, run.rules, run.study.digest, run.total_bytes, held, partial(run.offered, run.state))
         return self.committee.send(asked, run.rules.roster, self.now(), relay)
 
     def _look(self) -> Snapshot:

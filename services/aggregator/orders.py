@@ -4,10 +4,11 @@ The key of an order says what it is about; the same key is the same question, wh
 Key = (kind, M or the proposal's digest, ...).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from services.aggregator.round import Phase, Rules, State, subject
+from services.common.errors import ServiceError
 from services.common.rpc.signed import to_wire
 from services.common.secagg.ring import chunk_lengths
 from services.common.secagg.signing import digest
@@ -16,6 +17,7 @@ from wardround.keyshare.v1.keyshare_pb2 import (
     CloseOrder,
     DigestOrder,
     EndorseOrder,
+    FetchOfferResponse,
     LockOrder,
     OfferOrder,
     ProposeOrder,
@@ -34,11 +36,17 @@ class Order:
     make: Callable[[], WatchResponse]
 
 
+Offered = Callable[[str], Iterable[FetchOfferResponse]]
+"""What an offer holds for a pod."""
+_FEW = 32  # submissions that an offer may hold: at most 12 KiB each, far below what one message may have
+
 Held = frozenset[tuple[str, int]]
 """(pod, piece) whose sum lies on our disk in this life of the process."""
 
 
-def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Held) -> dict[str, list[Order]]:
+def orders(
+    state: State, rules: Rules, study: bytes, total_bytes: int, held: Held, offered: Offered
+) -> dict[str, list[Order]]:
     """The open questions by pod id. `total_bytes` of one packed vector of the open round."""
     about = subject(state).hex()
     everyone = tuple(pod.id for pod in rules.roster.pods)
@@ -68,7 +76,9 @@ def orders(state: State, rules: Rules, study: bytes, total_bytes: int, held: Hel
             # Asked again of a pod that dials anew: its answer tells whether its keys are still there.
             ask(state.pods, (), "endorse", endorse)
         case Phase.OFFERING:
-            ask(state.pods, state.lists, "offer", lambda: WatchResponse(offer=OfferOrder(manifest=state.manifest)))
+            along = offered if len(state.submissions) <= _FEW else lambda pod: ()
+            for pod in state.pods:
+                ask((pod,), state.lists, "offer", lambda pod=pod: _offer(state.manifest, along(pod)))  # type: ignore[misc]  # bound now
         case Phase.LOCKING:
             order = LockOrder(manifest=state.manifest, cohort=state.cohort)
             ask(state.pods, state.locks, "lock", lambda: WatchResponse(lock=order))
@@ -108,3 +118,12 @@ def _release_orders(state: State, found: dict[str, list[Order]], chunks: int, he
             )
             key = ("digest", state.M.hex(), ",".join(map(str, digests)))
             found[pod].append(Order(key, lambda message=order: WatchResponse(digest=message)))  # type: ignore[misc]  # bound now
+
+
+def _offer(manifest: bytes, offered: Iterable[FetchOfferResponse]) -> WatchResponse:
+    order = OfferOrder(manifest=manifest)
+    try:
+        order.offered.extend(offered)
+    except (ServiceError, OSError):
+        del order.offered[:]  # the pod asks, and hears why there is nothing
+    return WatchResponse(offer=order)

@@ -15,7 +15,7 @@ from services.aggregator.coordinator import Coordinator, Snapshot
 from services.aggregator.orders import Key
 from services.aggregator.round import Answer, Phase, State, subject
 from services.aggregator.store import Store
-from services.aggregator.vectors import PieceFile, read_opening
+from services.aggregator.vectors import PieceFile
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.feed import Feed
 from services.common.rpc.interceptor import peer
@@ -39,7 +39,6 @@ from services.common.secagg.messages import (
 from services.common.secagg.ring import chunk_lengths
 from services.common.secagg.signing import open_signed
 from wardround.keyshare.v1 import keyshare_pb2, keyshare_pb2_grpc
-from wardround.submission.v1.submission_pb2 import SubmissionOpen
 
 _OFFER_PHASES = (Phase.OFFERING, Phase.LOCKING, Phase.RELEASING, Phase.VERIFIED)
 
@@ -75,18 +74,9 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         state = snapshot.state
         if request.manifest != state.M or state.phase not in _OFFER_PHASES:
             raise ServiceError(Reason.WRONG_PHASE, "there is no offer for this manifest now: wait for the order")
-        checked = snapshot.run.manifest(state)
         if pod not in state.pods:
             raise ServiceError(Reason.NOT_PERMITTED, f"{pod} is not in this manifest: wait for the next attempt")
-        place = list(checked.commitments).index(checked.roster.pod_index(pod))
-        for hospital in sorted(state.submissions, key=str.encode):
-            submission = state.submissions[hospital]
-            path = self._store.vectors.submission(state.round, state.attempt, submission.header_digest)
-            try:
-                opening = SubmissionOpen.FromString(read_opening(path, checked.table.total_bytes))
-            except FileNotFoundError:
-                raise ServiceError(Reason.CLOSED, "the attempt is over: nothing is offered any more") from None
-            yield keyshare_pb2.FetchOfferResponse(header=opening.header, box=opening.boxes[place])
+        yield from snapshot.run.offered(state, pod)
 
     def Commit(  # noqa: N802, D102
         self, request: keyshare_pb2.CommitRequest, context: grpc.ServicerContext

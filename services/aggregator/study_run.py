@@ -6,7 +6,7 @@ disk by `unstored`; `Coordinator` publishes nothing before `store_facts`.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -17,6 +17,7 @@ from services.aggregator.conclude import conclude
 from services.aggregator.plan import Plan, waiting_for
 from services.aggregator.round import Phase, Rules, State, evolve
 from services.aggregator.store import Store
+from services.aggregator.vectors import read_opening
 from services.common.documents.charter import LoadedCharter
 from services.common.documents.shape import core_for, round_shape, total_rounds
 from services.common.documents.study import LoadedStudy
@@ -26,6 +27,8 @@ from services.common.secagg.certificate import CheckedManifest, check_manifest
 from services.common.secagg.encoding import LaneTable
 from services.common.secagg.messages import OUTCOME_ACCEPTED, Core, Proposal, Result, Signed
 from services.common.secagg.signing import Signer
+from wardround.keyshare.v1.keyshare_pb2 import FetchOfferResponse
+from wardround.submission.v1.submission_pb2 import SubmissionOpen
 
 _log = logging.getLogger(__name__)
 _SKEW_MS = 60_000  # pods' clocks may be behind: round keys must not seem to live longer than the charter allows
@@ -130,6 +133,19 @@ class StudyRun:
         if checked is None or checked.M != state.M:
             checked = self._checked = check_manifest(state.manifest, self._charters.get(state.charter).roster)
         return checked
+
+    def offered(self, state: State, pod: str) -> Iterator[FetchOfferResponse]:
+        """Header and `pod`'s box of every submission of the attempt in `state`. Raises CLOSED once it is over."""
+        checked = self.manifest(state)
+        place = list(checked.commitments).index(checked.roster.pod_index(pod))
+        for hospital in sorted(state.submissions, key=str.encode):
+            header = state.submissions[hospital].header_digest
+            path = self._store.vectors.submission(state.round, state.attempt, header)
+            try:
+                opening = SubmissionOpen.FromString(read_opening(path, checked.table.total_bytes))
+            except FileNotFoundError:
+                raise ServiceError(Reason.CLOSED, "the attempt is over: nothing is offered any more") from None
+            yield FetchOfferResponse(header=opening.header, box=opening.boxes[place])
 
     def take(self, fact: f.Fact) -> None:
         """Fold in a new fact; it is on the disk after `store_facts`."""

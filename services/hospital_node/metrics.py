@@ -89,6 +89,9 @@ _names: dict[str, str] = {}  # of studies; empty until the study was fetched
 for _kind in ("used", "total"):
     _GPU.labels(_kind)
 _phases = {phase: _PHASE.labels(phase) for phase in PHASES}
+_now = [_phases["starting"]]
+_now[0].set(1)
+_figures: list[bytes | dict[str, float]] = []  # of the last `show`: (study, figures)
 for _reason in Reason:
     if _reason not in DATA_REASONS:
         _REFUSALS.labels(_reason.value)
@@ -99,15 +102,19 @@ def show(progress: Progress) -> None:
     now = "training" if progress.phase == "trained" else progress.phase
     if now not in ("fetching", "training"):
         _show_training()
-    for phase, gauge in _phases.items():
-        gauge.set(phase == now)
+    if _phases[now] is not _now[0]:
+        _now[0].set(0)
+        _now[0] = _phases[now]
+        _now[0].set(1)
     _ROUND.set(progress.round)
     _MODEL.set(progress.model_version)
     if progress.study:
         if progress.study_name and _names.get(short(progress.study)) != progress.study_name:
             _names[short(progress.study)] = progress.study_name
             show_studies(_names)
-        show_figures(progress.study, progress.figures)
+        if _figures != [progress.study, progress.figures]:
+            _figures[:] = progress.study, dict(progress.figures)
+            show_figures(progress.study, progress.figures)
 
 
 def show_figures(study: bytes, figures: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ on the next one the aggregator asks again what is still open, and every order is
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -72,7 +73,7 @@ class Client:
             case "endorse":
                 return {"endorsement": to_wire(pod.endorse(order.manifest))}
             case "offer":
-                return self._offer(order.manifest)
+                return self._offer(order)
             case "lock":
                 return {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
             case "digest":
@@ -105,15 +106,16 @@ class Client:
         except Exception as error:
             yield wire.ReleaseRequest(command=command, refusal=_refusal("release", error))
 
-    def _offer(self, manifest: bytes) -> dict[str, Any]:
-        request = wire.FetchOfferRequest(manifest=digest("manifest", manifest))
+    def _offer(self, order: wire.OfferOrder) -> dict[str, Any]:
+        request = wire.FetchOfferRequest(manifest=digest("manifest", order.manifest))
 
         def offered() -> Iterator[tuple[Signed, bytes]]:
-            with self._caller.stream(_rpc("FetchOffer"), request, seconds=_STREAM_SECONDS) as items:
+            asked = self._caller.stream(_rpc("FetchOffer"), request, seconds=_STREAM_SECONDS)
+            with nullcontext(order.offered) if order.offered else asked as items:
                 for item in items:
                     yield from_wire(item.header), item.box
 
-        accept_list, left_out = self._pod.offer(manifest, offered)
+        accept_list, left_out = self._pod.offer(order.manifest, offered)
         refused = []
         for hospital, why in left_out:
             reason, _, detail = why.partition(": ")

@@ -90,14 +90,17 @@ def cohort_of(checked: CheckedManifest, submissions: list[Submission]) -> Cohort
 
 
 def endorsed(pod: PodProcess, core: Core) -> tuple[bytes, CheckedManifest, list[Submission]]:
-    """Live, committed, endorsed and offered."""
+    """Live, committed, endorsed and offered: one submission that it asks for, then all with the order itself."""
     assert pod.go_live().live
     _, manifest = pod.commit(core)
     answer = pod.aggregator.ask(pod.id, endorse=wire.EndorseOrder(manifest=manifest))
     assert answer.WhichOneof("answer") == "endorsement"
     checked = check_manifest(manifest, pod.aggregator.roster)
     submissions = [header_only(pod.aggregator, checked, name) for name in HOSPITALS]
-    accepted = pod.offer(manifest, submissions)
+    accepted = pod.offer(manifest, submissions[:1])
+    first = Signed(accepted.accept_list.blob, accepted.accept_list.signature)
+    assert len(open_round_signed(AcceptList, "accept", first, checked)[1].accepted) == 1
+    accepted = pod.offer(manifest, submissions, along=True)
     listed = Signed(accepted.accept_list.blob, accepted.accept_list.signature)
     assert len(open_round_signed(AcceptList, "accept", listed, checked)[1].accepted) == 3
     return manifest, checked, submissions

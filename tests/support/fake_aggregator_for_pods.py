@@ -269,8 +269,13 @@ class PodProcess:
         ]
         return answer, codec.encode(Manifest(proposal, tuple(listed)))
 
-    def offer(self, manifest: bytes, submissions: Sequence[Submission]) -> Any:
+    def offer(self, manifest: bytes, submissions: Sequence[Submission], along: bool = False) -> Any:
+        """The pod's answer to Offer; `along`: the order holds the submissions, else the pod asks for them."""
         index = self.aggregator.roster.pod_index(self.id)
         items = [(one.header, one.boxes[index]) for one in submissions]
-        self.aggregator.offers[digest("manifest", manifest)] = items
-        return self.aggregator.ask(self.id, offer=wire.OfferOrder(manifest=manifest))
+        order = wire.OfferOrder(manifest=manifest)
+        if along:
+            order.offered.extend(wire.FetchOfferResponse(header=to_wire(header), box=box) for header, box in items)
+        else:
+            self.aggregator.offers[digest("manifest", manifest)] = items
+        return self.aggregator.ask(self.id, offer=order)

@@ -125,13 +125,20 @@ def check_leaf(leaf: x509.Certificate, roots: Sequence[bytes], now_ms: int) -> N
             Reason.NOT_PERMITTED,
             "the certificate was not issued by this member's own root in the charter: issue it with `wardround site`",
         )
-    now = datetime.fromtimestamp(now_ms / 1000, UTC)
-    if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
+    begin, end = _validity(leaf)
+    if not begin <= now_ms / 1000 <= end:
+        now = datetime.fromtimestamp(now_ms / 1000, UTC)
         raise ServiceError(
             Reason.NOT_PERMITTED,
             f"the certificate is valid from {leaf.not_valid_before_utc:%Y-%m-%dT%H:%MZ} to "
             f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%MZ}, and it is {now:%Y-%m-%dT%H:%MZ}: renew it, or set the clock",
         )
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _validity(leaf: x509.Certificate) -> tuple[float, float]:
+    """(not before, not after) in Unix seconds."""
+    return leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
 
 
 @lru_cache(maxsize=_REMEMBERED)

@@ -105,6 +105,14 @@ def _call(context: grpc.ServicerContext) -> _Call:
         return _calls[context]
 
 
+class _Measures:
+    """The series of one method, looked up once."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.open, self.seconds, self.well = _OPEN.labels(method), _SECONDS.labels(method), _CALLS.labels(method, "OK")
+
+
 Authenticate = Callable[[grpc.ServicerContext], Peer]
 """Says who calls; raises UNKNOWN_MEMBER or NOT_PERMITTED."""
 
@@ -163,6 +171,7 @@ class Gate(grpc.ServerInterceptor):
 
     def _wrapped(self, method: str, handler: Any) -> Any:
         received, sent = _BYTES.labels(method, "received"), _BYTES.labels(method, "sent")
+        measures = _Measures(method)
 
         def parse(data: bytes) -> Any:
             received.inc(len(data))
@@ -182,12 +191,12 @@ class Gate(grpc.ServerInterceptor):
             return map(parse, request) if handler.request_streaming else parse(request)
 
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
-            with self._guard(method, context):
+            with self._guard(measures, context):
                 behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
                 return behaviour(read(request), context)
 
         def answers(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            with self._guard(method, context):
+            with self._guard(measures, context):
                 behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 yield from behaviour(read(request), context)
 
@@ -202,11 +211,11 @@ class Gate(grpc.ServerInterceptor):
         return make(answers if handler.response_streaming else answer, None, serialize)
 
     @contextmanager
-    def _guard(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
-        started, outcome = time.perf_counter(), "OK"
+    def _guard(self, measures: _Measures, context: grpc.ServicerContext) -> Iterator[None]:
+        method, started, outcome = measures.method, time.perf_counter(), "OK"
         caller: Peer | None = None
         refusal: ServiceError | None = None
-        _OPEN.labels(method).inc()
+        measures.open.inc()
         try:
             caller = self._admit(method, context)
             yield
@@ -225,9 +234,9 @@ class Gate(grpc.ServerInterceptor):
         finally:
             if refusal is not None and outcome == "OK":
                 outcome = CODES[refusal.reason].name
-            _OPEN.labels(method).dec()
-            _CALLS.labels(method, outcome).inc()
-            _SECONDS.labels(method).observe(time.perf_counter() - started)
+            measures.open.dec()
+            (measures.well if outcome == "OK" else _CALLS.labels(method, outcome)).inc()
+            measures.seconds.observe(time.perf_counter() - started)
             if caller is not None:
                 self._leave(caller)
         if refusal is not None:
