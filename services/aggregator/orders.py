@@ -78,7 +78,7 @@ def orders(
         case Phase.OFFERING:
             along = offered if len(state.submissions) <= _FEW else lambda pod: ()
             for pod in state.pods:
-                ask((pod,), state.lists, "offer", lambda pod=pod: _offer(state.manifest, along(pod)))  # type: ignore[misc]  # bound now
+                ask((pod,), state.lists, "offer", lambda pod=pod: _offer(state.manifest, along, pod))  # type: ignore[misc]  # bound now
         case Phase.LOCKING:
             order = LockOrder(manifest=state.manifest, cohort=state.cohort)
             ask(state.pods, state.locks, "lock", lambda: WatchResponse(lock=order))
@@ -120,10 +120,10 @@ def _release_orders(state: State, found: dict[str, list[Order]], chunks: int, he
             found[pod].append(Order(key, lambda message=order: WatchResponse(digest=message)))  # type: ignore[misc]  # bound now
 
 
-def _offer(manifest: bytes, offered: Iterable[FetchOfferResponse]) -> WatchResponse:
+def _offer(manifest: bytes, offered: Offered, pod: str) -> WatchResponse:
     order = OfferOrder(manifest=manifest)
     try:
-        order.offered.extend(offered)
+        order.offered.extend(offered(pod))
     except (ServiceError, OSError):
         del order.offered[:]  # the pod asks, and hears why there is nothing
     return WatchResponse(offer=order)

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 
 from services.aggregator import facts as f
+from services.aggregator.orders import orders
 from services.aggregator.round import Answer, Phase, Rules, State, Tick, alarms, decide, evolve, subject
 from services.common.errors import Reason, ServiceError
 from services.common.secagg.cohort import Cohort
 from services.common.secagg.messages import MAX_ATTEMPT, OUTCOME_ACCEPTED, OUTCOME_REJECTED, Signed
 from services.common.store.records import to_json
 from tests.support.consortium import derive, make_consortium
+from wardround.keyshare.v1.keyshare_pb2 import FetchOfferResponse
 
 T0 = 1_000_000
 EXPIRES = T0 + 60_000
@@ -501,3 +503,26 @@ def test_facts_survive_the_log_unchanged_and_an_unknown_one_is_refused() -> None
         with pytest.raises(ServiceError) as caught:
             f.from_json(kind, payload)
         assert caught.value.reason is Reason.UNKNOWN_SCHEMA
+
+
+@pytest.mark.parametrize(("submissions", "lost", "along"), [(32, False, 1), (33, False, 0), (4, True, 0)])
+def test_an_offer_holds_few_submissions_and_is_asked_for_when_there_are_many_or_none_to_be_had(
+    submissions: int, lost: bool, along: int
+) -> None:
+    script = Script()
+    state = replace(
+        State(),
+        phase=Phase.OFFERING,
+        pods=script.pods,
+        submissions={f"h{number}": script.submitted(f"h{number}") for number in range(submissions)},
+    )
+
+    def offered(pod: str) -> list[FetchOfferResponse]:
+        if lost:
+            raise ServiceError(Reason.CLOSED, "the attempt is over")
+        return [FetchOfferResponse(box=pod.encode())]
+
+    found = orders(state, script.rules, derive("study"), 0, frozenset(), offered)
+    for pod in script.pods:
+        (order,) = found[pod]
+        assert [item.box for item in order.make().offer.offered] == [pod.encode()] * along
