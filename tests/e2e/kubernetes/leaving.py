@@ -41,6 +41,7 @@ def gather_and_verify(world: World, study: str) -> int:
     """Every role's evidence by its own operator's hand; the number of signatures that hold."""
     consortium = world.consortium
     where, digest = consortium.folder / f"run-{study}", consortium.study(study).digest
+    world.status()  # the way to an aggregator that was replaced is found again
     wardround("evidence", "pull", where, "--study", consortium.path(study), "--address", world.address, "--operator",
               consortium.folder / "olga", "--charter", consortium.charter())  # fmt: skip
     for site in DIALLING:
