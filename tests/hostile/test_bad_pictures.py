@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from services.cli.__main__ import main
 from services.cli.data import app
 from services.cli.data_check import check_folder
 from services.cli.data_findings import Kind
@@ -122,7 +123,7 @@ def readable() -> Iterator[Path]:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["import", "check"])
-def test_a_folder_that_may_only_be_read(readable: Path, command: str) -> None:
+def test_a_folder_that_may_only_be_read(readable: Path, tmp_path: Path, command: str) -> None:
     """Import: one line, exit code 1. Check: it reads all the same, and says that the verdict was not kept."""
     ward(readable / "ward")
     (readable / "pictures" / "nv").mkdir(parents=True)
@@ -131,6 +132,9 @@ def test_a_folder_that_may_only_be_read(readable: Path, command: str) -> None:
         "import": ["import", "folder", str(readable / "pictures"), "--out", str(readable / "out")],
         "check": ["check", str(readable / "ward")],
     }[command]
+    # Once as this user: what is imported on the way is loaded, whether or not the other one may read this checkout.
+    assert main(["data", "check", str(ward(tmp_path / "ward"))]) == 0
+    assert main(["data", "import", "folder", str(readable / "pictures"), "--out", str(tmp_path / "out")]) == 0
     code, said = as_nobody(["data", *words])
     assert f"let user {NOBODY} write there" in said
     assert "Traceback" not in said
@@ -146,8 +150,6 @@ def test_a_folder_that_may_only_be_read(readable: Path, command: str) -> None:
 
 def as_nobody(words: list[str]) -> tuple[int, str]:
     """(exit code, everything said) of the command line in a child process of another user."""
-    from services.cli.__main__ import main
-
     read, write = os.pipe()
     if not (child := os.fork()):
         code = 99
