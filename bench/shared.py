@@ -133,7 +133,7 @@ def hospital_seconds(laid: Federation) -> dict[str, float]:
     shape = round_shape(laid.charter, laid.study, 1)
     for _ in range(11):
         began = time.perf_counter()
-        total = trainer.train(laid.study, 1, laid.root / "v0.safetensors", b"", lambda: False)
+        total = trainer.train(laid.study, 1, laid.root / "v0.safetensors", b"", lambda: False, None)
         clipped = time.perf_counter()
         for _ in encode_round(laid.study.document, shape, total, None, lambda: secrets.token_bytes(32)):
             pass
