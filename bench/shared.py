@@ -158,11 +158,11 @@ def measure(laid: Federation, rounds: int) -> dict[str, Any]:
             if service is not centre:
                 service.start()
         with administration(laid, laid.aggregator, address) as stub:
-            marks: list[tuple[int, dict[str, float]]] = []  # (round, processor seconds until then)
+            marks: list[tuple[int, dict[str, float]]] = []  # (round that was going on, processor seconds until then)
             for _ in waiting(roles):
                 now = status(stub)
                 if now is not None and now.round > WARM:
-                    marks = [*marks[:1], (now.round, processor_seconds(roles))]
+                    marks = [*marks[:1], (now.round + int(now.finished), processor_seconds(roles))]
                 if now is not None and now.finished:
                     break
         memory = peak_mib(roles)
