@@ -153,7 +153,7 @@ def test_a_refusing_pod_does_not_stop_a_commit(tmp_path: Path) -> None:
 def test_aggregator_killed_between_two_locks_goes_on_with_the_same_cohort(tmp_path: Path) -> None:
     """P-24: U and the decision were on the disk before the first Lock left; after kill -9 the same U is locked."""
     world = make_world(tmp_path, rounds=1)
-    service = world.spawn()
+    service = world.spawn(patience_seconds=120)
     pods = {pod.id: FakePod(world, pod.id) for pod in world.documents.charter.roster.pods}
     for name in ("pod-1", "pod-2", "pod-3"):
         pods[name].hold["lock"] = threading.Event()
@@ -169,7 +169,7 @@ def test_aggregator_killed_between_two_locks_goes_on_with_the_same_cohort(tmp_pa
         assert [fact.digest for fact in fixed] == [cohort]
         for pod in pods.values():
             pod.hold["lock"].set() if "lock" in pod.hold else None
-        service = world.spawn()
+        service = world.spawn(patience_seconds=120)
         hospitals["alice"].wait_for(over(1))
         assert {cohort} == {found for pod in pods.values() for found in pod.locked.values()}
     finally:
@@ -186,7 +186,7 @@ def test_aggregator_killed_between_two_locks_goes_on_with_the_same_cohort(tmp_pa
 @pytest.mark.parametrize("kind", ["propose", "endorse", "offer", "release", "digest"])
 def test_kill_minus_9_at_each_step_loses_nothing(tmp_path: Path, kind: str) -> None:
     world = make_world(tmp_path, rounds=1)
-    service = world.spawn()
+    service = world.spawn(patience_seconds=120)
     pods = {pod.id: FakePod(world, pod.id) for pod in world.documents.charter.roster.pods}
     for pod in pods.values():
         pod.hold[kind] = threading.Event()
@@ -196,7 +196,7 @@ def test_kill_minus_9_at_each_step_loses_nothing(tmp_path: Path, kind: str) -> N
         service.kill()
         for pod in pods.values():
             pod.hold[kind].set()
-        service = world.spawn()
+        service = world.spawn(patience_seconds=120)
         hospitals["alice"].wait_for(over(1), seconds=60)
     finally:
         for member in (*hospitals.values(), *pods.values()):

@@ -78,7 +78,7 @@ class World:
             "through_round": self.through_round,
             "initial_model": str(self.folder / "v0.safetensors"),
             "grace_seconds": 0.3,
-            "patience_seconds": 2.0,
+            "patience_seconds": 5.0,
         }
         lines |= self.config | changes
         path = self.folder / "aggregator.yaml"
