@@ -66,7 +66,7 @@ def scaffold_models(world: World, hospitals: dict[str, FakeHospital]) -> list[np
 
 def test_scaffold_divides_by_the_cohort_and_by_all_hospitals(tmp_path: Path) -> None:
     """Three of four take part: x moves by their mean, c by their sum over all four; every file is the digest's."""
-    with federation(tmp_path, rounds=ROUNDS, study=SCAFFOLD) as whole:
+    with federation(tmp_path, rounds=ROUNDS, study={**SCAFFOLD, "timing": {"submit_seconds": 6.0}}) as whole:
         whole.join(*NAMES[:3])
         alice = whole.hospitals["alice"]
         alice.wait_for(over(ROUNDS), seconds=120)

@@ -327,7 +327,7 @@ def test_second_release_of_one_identity(aggregator: FakeAggregator, pod: PodProc
     aggregator.stop()
     aggregator.start()
     with pytest.raises(subprocess.TimeoutExpired):
-        pod.process.wait(60)
+        pod.process.wait(2)
     aggregator.taken = False
     assert aggregator.wait_for(pod.id).live, "who was the pod before does not end, and keeps its round keys"
 
