@@ -4,7 +4,7 @@ BatchNorm is in eval mode with stored statistics for ever, so one image never ch
 """
 
 import hashlib
-import pickle
+import pickle  # for the name of the error with which torch refuses what is no tensor; nothing is unpickled here
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

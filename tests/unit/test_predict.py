@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from services.cli.__main__ import app
 from services.cli.temperature import GRID, temperature
-from services.common.documents.study import ModelSection
+from services.common.documents.study import BackboneSection, ModelSection
 from services.hospital_node.architectures import build
-from services.hospital_node.inference import open_classifier, probabilities
+from services.hospital_node.backbones import EfficientNetLite0
+from services.hospital_node.inference import export_onnx, export_torchscript, open_classifier, probabilities
 from services.hospital_node.models import layout, size, write_model_file
 from tests.support.pictures import encoded, texture
 
@@ -110,6 +111,36 @@ def test_onnx_and_torchscript_agree_with_torch(model: Path) -> None:
     assert json.loads(extra["passport"])["model"]["version"] == 4
     again = run("export", "--model", str(model), "--onnx", str(onnx))
     assert "not overwritten" in str(again.exception)
+
+
+@pytest.mark.slow
+def test_a_head_is_exported_with_backbone_centre_and_views(tmp_path: Path) -> None:
+    """One network of mirrored views, features, centre and classes: ONNX and TorchScript say what torch says."""
+    import torch
+
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime has no wheel for this Python")
+    torch.manual_seed(3)
+    torch.save(EfficientNetLite0().state_dict(), tmp_path / "drawn.pth")
+    digest = hashlib.sha256((tmp_path / "drawn.pth").read_bytes()).hexdigest()
+    backbone = BackboneSection(name="efficientnet-lite0", sha256=digest, views=4)
+    section = ModelSection(
+        architecture="centred-head", image_size=64, classes=CLASSES, parameters=1, initial="", backbone=backbone
+    )
+    shapes = layout(build(section))
+    drawn = np.random.default_rng(5).normal(size=size(shapes)).astype(np.float32)
+    write_model_file(tmp_path / "m.safetensors", shapes, drawn)
+    classifier = open_classifier(section, tmp_path / "m.safetensors", tmp_path, 2.0)
+    pixels = np.random.default_rng(4).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    expected = probabilities(classifier, pixels)
+    assert expected.std() > 0.01  # the pictures are told apart at all
+    assert np.abs(probabilities(classifier, pixels[:, :, ::-1].copy()) - expected).max() < 1e-4  # a mirror image
+    export_onnx(classifier, 64, tmp_path / "m.onnx", {})
+    export_torchscript(classifier, 64, tmp_path / "m.pt", {})
+    images = pixels.transpose(0, 3, 1, 2).astype(np.float32)
+    found = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"image": images})[0]
+    assert np.abs(found - expected).max() < 1e-4
+    traced = torch.jit.load(tmp_path / "m.pt")  # type: ignore[no-untyped-call]  # torch has no types here
+    assert np.abs(traced(torch.from_numpy(images)).numpy() - expected).max() < 1e-4
 
 
 def histogram(true: float, patients: int = 40_000, bins: int = 20) -> np.ndarray:
