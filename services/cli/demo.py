@@ -6,7 +6,9 @@ Lays out the sites (federation.py), starts them, shows what happens, collects th
 import csv
 import hashlib
 import json
+import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,7 +296,12 @@ def _summary(console: Console, content: dict[str, Any], output: Path, seconds: f
     if content["study"]["synthetic_data"]:
         console.print("The images were synthetic: drawn, not photographed.")
     console.print(f"Model, passport and learning curve: {output}", highlight=False)
-    console.print(f"Read it: {output / 'report.html'}\nCheck it: wardround verify {output}", highlight=False)
+    # As it can be typed here: the command of a virtual environment that nobody activated is not on the path.
+    own = Path(sys.executable).with_name("wardround")
+    command = "wardround" if shutil.which("wardround") or not own.exists() else os.path.relpath(own)
+    console.print(
+        f"Read it: {output / 'report.html'}\nCheck it: {command} verify {output}", highlight=False, soft_wrap=True
+    )
 
 
 def _pair(text: str, option: str, wanted: str) -> tuple[int, int]:

@@ -50,7 +50,7 @@ SYNTHETIC = Settings(28, 1.0, 5, 0.7, 3, 60, 20, 0.05, 1.0, 1, 20)
 REAL = {
     "small-cnn": Settings(64, 0.2, 10, 1.0, 20, 1800, 60, 0.05, 1.0, 10, 40),
     "resnet18-gn": Settings(64, 0.03, 2, 0.5, 60, 7200, 30, 0.05, 0.5, 60, 20),
-    # `local` and `none` of the centred head follow from the linear head's by its rate and length; only `shared` was tuned.
+    # Of the centred head only `shared` was tuned: other rates are the linear head's, scaled by the length of features.
     "centred-head": Settings(224, 1.0, 5, 10.0, 20, 1800, 40, 0.3, 2.0, 0, 100, HEAD_CLIP),
     "linear-head": Settings(224, 1.0, 5, 15.0, 20, 1800, 40, 3.0, 3.0, 0, 100),
 }

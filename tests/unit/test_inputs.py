@@ -15,12 +15,12 @@ from services.common.documents.study import BackboneSection, Study
 from services.common.dp.noise import discrete_gaussian, integer_sum
 from services.common.errors import Reason, ServiceError
 from services.hospital_node import inputs
-from services.hospital_node.architectures import HEADS
+from services.hospital_node.architectures import HEADS, build
 from services.hospital_node.backbones import EfficientNetLite0, load_backbone
 from services.hospital_node.dataset import Dataset
 from services.hospital_node.evaluation import evaluate
 from services.hospital_node.inputs import cached_features
-from services.hospital_node.models import initial_vector
+from services.hospital_node.models import initial_vector, layout, read_model_file, write_model_file
 from services.hospital_node.training import Compute, Task, clipped_gradient_sum, prepare, train_round
 from tests.support.sites import SIZE, small_site, small_study
 
@@ -91,6 +91,10 @@ def test_the_heads_closed_form_is_taken_and_trains(
     )
     assert total.shape == (start.size,)
     assert 0 < np.linalg.norm(total) <= len(site.fold("train"))
+    shapes, stepped = layout(build(study.model)), (start - 0.1 * total).astype(np.float32)
+    digest_of_file = write_model_file(tmp_path / "v1.safetensors", shapes, stepped)
+    assert digest_of_file == hashlib.sha256((tmp_path / "v1.safetensors").read_bytes()).digest()
+    assert np.array_equal(read_model_file(tmp_path / "v1.safetensors", shapes), stepped)
     if mechanism == "local":
         result = train_round(
             start, site, study, Task(bytes(32), 1, bytes(32)), progress=tmp_path, keys=lambda: secrets.token_bytes(32),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from services.common.errors import Reason, ServiceError
 from services.common.store.blobs import BlobStore
 from services.common.store.database import Database, open_database
+from tests.support.small_disk import mounted
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,15 +134,8 @@ def test_names_that_are_no_file_names_are_refused(tmp_path: Path, name: str) -> 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB, where this user may mount one."""
-    point = tmp_path / "disk"
-    point.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(point)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("may not mount a small file system here")
-    yield point
-    subprocess.run(["umount", "-l", str(point)], check=True)
+    with mounted(tmp_path / "disk", "1m") as point:
+        yield point
 
 
 def test_a_full_disk_refuses_and_leaves_nothing_half_written(small_disk: Path) -> None:
