@@ -162,9 +162,8 @@ class World:
             found[site] = sum(s["restartCount"] for pod in pods for s in pod["status"].get("containerStatuses", ()))
         return found
 
-    def fill(self, hospital: str, image: str) -> None:
-        """The hospital's images on a claim of its own, brought by a pod that goes again."""
-        space = self[hospital]
+    def fill(self, space: Namespace, image: str, tar: bytes) -> None:
+        """A hospital's images on the claim `images` of its namespace, brought by a pod that goes again."""
         claim = {
             "apiVersion": "v1",
             "kind": "PersistentVolumeClaim",
@@ -175,7 +174,7 @@ class World:
         volume = {"name": "images", "persistentVolumeClaim": {"claimName": "images"}}
         space.apply(plain_pod("fill", image, mounts={"/data": volume}))
         space.kubectl("wait", "--for=condition=Ready", "pod/fill", "--timeout=120s")
-        space.kubectl("exec", "-i", "fill", "--", "tar", "x", "-C", "/data", given=self.consortium.images(hospital))
+        space.kubectl("exec", "-i", "fill", "--", "tar", "x", "-C", "/data", given=tar)
         space.kubectl("delete", "pod", "fill", "--grace-period=1")
 
 

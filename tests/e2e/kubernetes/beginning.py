@@ -1,9 +1,8 @@
-"""First steps of the whole life: an agreement, installs that are refused or stand, and who can reach whom."""
+"""First steps of the whole life: an agreement, installs that stand, and who can reach whom."""
 
-import json
 from pathlib import Path
 
-from tests.support.kubernetes import Namespace, load_image, refusal, run, until
+from tests.support.kubernetes import load_image, run, until
 from tests.support.kubernetes_sites import CENTRE, HOSPITALS, PODS, wardround
 from tests.support.kubernetes_world import World, plain_pod
 
@@ -37,31 +36,7 @@ def make_sites_ready(world: World, cli: str) -> None:
         else:
             space.kubectl("apply", "-f", str(world.consortium.folder / site / "secret.yaml"))
     for hospital in HOSPITALS:
-        world.fill(hospital, cli)
-
-
-def refuse_bad_installs(world: World) -> None:
-    """Each names the value or the thing, and nothing is installed."""
-    consortium = world.consortium
-
-    def refused(site: str, *words: str, space: Namespace | None = None) -> str:
-        where = space or world[site]
-        given = [*consortium.files(site), *words]
-        return refusal(where.helm, "install", site, world.chart(site), "-n", where.name, *given)
-
-    for site in ("alice", "carol"):  # one with each Helm
-        assert "aggregatr" in refused(site, "--set", "config.aggregatr=x:1")
-        missing = refused(site, space=world.stranger)
-        assert f"no Secret wardround-{site}" in missing
-        assert "kubectl apply -f secret.yaml" in missing
-        assert "erin" in refused(site, "--set", "config.id=erin")
-    stripped = world["bob"].get("secret", "wardround-bob")
-    del stripped["data"]["identity.pem"]
-    stripped["metadata"] = {"name": "half"}
-    world["bob"].apply(stripped)
-    assert "no key identity.pem" in refused("bob", "--set", "secretName=half")
-    for space in (*world.spaces.values(), world.stranger):
-        assert not run(space.helm, "list", "-n", space.name, "-q").strip(), f"{space.name} has a release"
+        world.fill(world[hospital], cli, world.consortium.images(hospital))
 
 
 def install_the_centre(world: World) -> None:
@@ -144,25 +119,3 @@ def _dial(*targets: tuple[str, int]) -> str:
 
 def _reached(said: str) -> list[bool]:
     return [line == "open" for line in said.split("\n") if line]
-
-
-def second_release_of_a_pod(world: World) -> None:
-    """The same identity in another namespace, on another volume: refused in one sentence that `describe` shows."""
-    space = world.stranger
-    secret = json.loads(world["ash"].kubectl("get", "secret", "wardround-ash", "-o", "json"))
-    secret["metadata"] = {"name": "wardround-ash"}
-    space.apply(secret)
-    files = world.consortium.files("ash")
-    run(space.helm, "install", "ash", world.chart("ash"), "-n", space.name, *files)
-
-    def ended() -> str:
-        for status in space.get("pod", "ash-0")["status"].get("containerStatuses", ()):
-            if state := status["state"].get("terminated") or status["lastState"].get("terminated"):
-                return str(state.get("message", ""))
-        return ""
-
-    said = until(ended, 300, "the second release should end with a sentence")
-    assert "another process with the identity of ash is connected" in said
-    assert said in space.kubectl("describe", "pod", "ash-0")
-    assert world.status().pods_live == 5, "the first one goes on"
-    run(space.helm, "uninstall", "ash", "-n", space.name)

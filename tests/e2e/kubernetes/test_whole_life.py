@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.kubernetes import beginning, leaving, rolling
+from tests.e2e.kubernetes import beginning, leaving, refused, rolling
 from tests.support.kubernetes import Story, helms, run, why_no_cluster
 from tests.support.kubernetes_sites import CENTRE
 from tests.support.kubernetes_world import ROOT, World
@@ -36,10 +36,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.kubernetes, pytest.mark.timeout(3300
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     if reason := why_not():
         pytest.skip(reason)
-    made = World(tmp_path, Story(ROOT / "build/e2e-kubernetes.json"))
+    name = "short-kubernetes" if "short" in request.node.name else "e2e-kubernetes"
+    made = World(tmp_path, Story(ROOT / f"build/{name}.json"))
     made.remove()  # what an earlier run that was cut off has left
     try:
         yield made
@@ -48,7 +49,8 @@ def world(tmp_path: Path) -> Iterator[World]:
             made.remove()
 
 
-def test_the_whole_life_of_a_consortium(world: World) -> None:
+def begin(world: World) -> None:
+    """From nothing to ten releases that are connected, by way of everything that must be refused."""
     step, (helm4, helm3) = world.story.step, helms()
     world.story.facts["versions"] = [
         run("kubectl", "version").split("Server Version: ")[-1].strip(),
@@ -61,11 +63,42 @@ def test_the_whole_life_of_a_consortium(world: World) -> None:
     with step("namespaces (Pod Security restricted), Secrets, images of the hospitals"):
         beginning.make_sites_ready(world, CLI)
     with step("bad installs are refused, each in a sentence"):
-        beginning.refuse_bad_installs(world)
+        refused.refuse_bad_installs(world)
+    with step("bad starts are refused, each in the pod's last words"):
+        refused.refuse_bad_starts(world, CLI)
     with step("helm install: the aggregator; it waits for its model, which is pushed"):
         beginning.install_the_centre(world)
     with step("helm install: five key-share pods, four hospitals"):
         beginning.install_the_others(world)
+
+
+def verify(world: World, study: str) -> None:
+    with world.story.step(f"evidence of every role about study {study}; wardround verify"):
+        signatures = leaving.gather_and_verify(world, study)
+        assert signatures > 100
+        world.story.facts[f"signatures verified, {study}"] = signatures
+
+
+def test_a_short_life_of_a_consortium(world: World) -> None:
+    """What fits into continuous integration: from nothing to verified rounds, faults and a bad plan on the way."""
+    step = world.story.step
+    begin(world)
+    with step("helm test: a hospital"):
+        beginning.helm_tests(world)
+    with step("helm upgrade of the target: two rounds"):
+        rolling.first_rounds(world)
+    with step("network policies, by trying"):
+        beginning.try_the_network(world, CLI)
+    with step("kubectl set env: more rounds; pods of each kind are deleted in mid-round"):
+        rolling.delete_pods_in_mid_round(world)
+    with step("a bad plan is stopped, refused, undone"):
+        rolling.bad_plan_and_undo(world)
+    verify(world, "first")
+
+
+def test_the_whole_life_of_a_consortium(world: World) -> None:
+    step = world.story.step
+    begin(world)
     with step("helm test: every role, both Helms"):
         beginning.helm_tests(world, CENTRE, "ash", "fir", "carol")
     with step("helm upgrade of the target: two rounds"):
@@ -73,7 +106,7 @@ def test_the_whole_life_of_a_consortium(world: World) -> None:
     with step("network policies, by trying"):
         beginning.try_the_network(world, CLI)
     with step("a second release of one pod identity is refused"):
-        beginning.second_release_of_a_pod(world)
+        refused.second_release_of_a_pod(world)
     with step("restarts open nothing and spend no ε"):
         rolling.restart_opens_nothing(world)
     with step("kubectl set env: more rounds; pods of each kind are deleted in mid-round"):
@@ -94,13 +127,10 @@ def test_the_whole_life_of_a_consortium(world: World) -> None:
         leaving.leave_and_come_back(world)
     with step("kubectl and Helm change the same target, both Helms"):
         leaving.mix_kubectl_and_helm(world, world.centre, [world.chart(CENTRE), *world.consortium.files(CENTRE)])
-        leaving.aggregator_under_helm_3(world, helm3)
+        leaving.aggregator_under_helm_3(world, helms()[1])
     with step("a certificate is renewed, and read without a restart"):
         rolling.renew_a_certificate(world)
     for study in ("first", "second"):
-        with step(f"evidence of every role about study {study}; wardround verify"):
-            signatures = leaving.gather_and_verify(world, study)
-            assert signatures > 100
-            world.story.facts[f"signatures verified, {study}"] = signatures
+        verify(world, study)
     # A study is stopped for good only by what an honest consortium cannot do: tests/integration tries `resume`.
     assert all("services.hospital_node.resume" in line for line in world.guide.left), world.guide.left
