@@ -60,7 +60,7 @@ bench-%: setup ## one of them: bench-secagg, bench-round, bench-noise, bench-sha
 	$(BIN)/python bench/$(subst -,_,$*).py
 
 e2e-kubernetes: setup ## a consortium's whole life on the cluster that KUBECONFIG points to (after `make images`)
-	$(BIN)/python -m pytest -m kubernetes -k whole tests/e2e/kubernetes -s
+	$(BIN)/python -m pytest -m kubernetes -k test_the_whole_life tests/e2e/kubernetes -s
 
 images: ## container images with docker, podman or buildah (ARGS="--flavour cuda hospital-node"; TORCH_INDEX_URL=…, BASE_IMAGE=…)
 	@$(PYTHON) deploy/images/build.py $(ARGS)
