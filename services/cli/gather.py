@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from services.cli.evidence import place, target, write_parts
-from services.cli.operator import Address, Charter, Operator, dial_aggregator
+from services.cli.operator import Address, Charter, Operator, dial_aggregator, knock
 from services.cli.run import write_sums
 from services.common.documents.site import read
 from services.common.documents.study import load_study
@@ -37,13 +37,12 @@ def pull(
     """
     loaded = load_study(read(study), str(study))
     request = admin_pb2.ExportEvidenceRequest(study=loaded.digest)
-    with (
-        dial_aggregator(address, charter, operator) as caller,
-        caller.stream(
+    with dial_aggregator(address, charter, operator) as caller:
+        knock(caller)
+        with caller.stream(
             lambda channel: admin_pb2_grpc.AdministrationServiceStub(channel).ExportEvidence, request, seconds=_SECONDS
-        ) as parts,
-    ):
-        files = write_parts(parts, place(run, Role.AGGREGATOR, ""))
+        ) as parts:
+            files = write_parts(parts, place(run, Role.AGGREGATOR, ""))
     write_sums(run / "evidence")
     _say(f"{run}: {files} files of the aggregator, about study {loaded.document.name}")
 

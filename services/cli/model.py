@@ -13,7 +13,7 @@ from rich.table import Table
 
 from services.cli.drafts import torch_side, unwritten_model
 from services.cli.files import refuse_existing
-from services.cli.operator import Address, Charter, Operator, dial_aggregator
+from services.cli.operator import Address, Charter, Operator, dial_aggregator, knock
 from services.common.documents.study import BackboneSection
 from services.common.errors import Reason, ServiceError
 from wardround.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -38,6 +38,7 @@ def push(
     """
     with _opened(file) as source, dial_aggregator(address, charter, operator) as caller:
         digest = hashlib.file_digest(source, "sha256").digest()
+        knock(caller)
         answer = caller.upload(
             lambda channel: admin_pb2_grpc.PlanServiceStub(channel).PushModel,
             _requests(source, digest),

@@ -12,8 +12,11 @@ from services.common.documents.site import read
 from services.common.rpc.certificates import server_name
 from services.common.rpc.channel import Caller, dial
 from services.common.rpc.leaf import LeafFiles
+from wardround.admin.v1.admin_pb2 import GetStatusRequest
+from wardround.admin.v1.admin_pb2_grpc import AdministrationServiceStub
 
 CERTIFICATE, KEY = "operator.pem", "operator-key.pem"
+_KNOCK_SECONDS = 20.0  # a forwarded port or a pod that is replaced is back by then
 
 Address = Annotated[str, typer.Option(help="host:port of the aggregator, from here")]
 Charter = Annotated[
@@ -33,3 +36,10 @@ def dial_aggregator(address: str, charter: Path, operator: Path) -> Iterator[Cal
         yield caller
     finally:
         caller.close()
+
+
+def knock(caller: Caller) -> None:
+    """Ask until the aggregator answers: a stream that is to follow would not be repeated. Raises UNREACHABLE."""
+    caller.unary(
+        lambda channel: AdministrationServiceStub(channel).GetStatus, GetStatusRequest(), seconds=_KNOCK_SECONDS
+    )

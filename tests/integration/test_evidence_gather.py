@@ -16,6 +16,7 @@ from services.common.rpc.administer import write_tar
 from tests.support.aggregator_world import CENTRE
 from tests.support.fake_aggregator_for_pods import FakeAggregator, PodProcess
 from tests.support.fake_federation import NAMES, federation, over
+from tests.support.proxy import LosesTheFirst
 from wardround.admin.v1 import admin_pb2
 
 ADMINISTER = [sys.executable, "-m", "services.common.rpc.administer"]
@@ -53,8 +54,10 @@ def test_the_aggregators_evidence_is_pulled_with_an_operators_certificate(tmp_pa
         leaf.certificate.rename(tmp_path / CERTIFICATE)
         leaf.key.rename(tmp_path / KEY)
         words = ["evidence", "pull", str(tmp_path / "run"), "--study", str(tmp_path / "study.yaml")]
-        words += ["--address", whole.world.address, "--operator", str(tmp_path)]
-        assert main([*words, "--charter", str(tmp_path / "charter.yaml")]) == 0
+        with LosesTheFirst(whole.running.server.port) as way:
+            words += ["--address", way.address, "--operator", str(tmp_path)]
+            assert main([*words, "--charter", str(tmp_path / "charter.yaml")]) == 0
+            assert way.lost == 1
         run = load_run(tmp_path / "run")
         assert [one.number for one in run.rounds] == [1]
         assert run.study.digest == whole.world.study.digest

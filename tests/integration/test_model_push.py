@@ -17,6 +17,7 @@ from services.common.ids import Role
 from services.common.observe.http import Health
 from tests.support.aggregator_world import CENTRE, World, make_world, model_bytes, plain_study, until
 from tests.support.fake_federation import NAMES, Federation, over
+from tests.support.proxy import LosesTheFirst
 from wardround.admin.v1 import admin_pb2
 from wardround.admin.v1.admin_pb2_grpc import PlanServiceStub
 
@@ -82,13 +83,16 @@ def test_a_first_plan_waits_for_its_model_and_goes_on_by_itself(
         leaf = world.leaf(Role.OPERATOR, "olga", CENTRE)
         leaf.certificate.rename(keys / CERTIFICATE)
         leaf.key.rename(keys / KEY)
-        words = ["model", "push", str(tmp_path / "v0.safetensors"), "--address", world.address, "--operator", str(keys)]
-        assert main([*words, "--charter", str(tmp_path / "charter.yaml")]) == 0
+        with LosesTheFirst(whole.running.server.port) as way:
+            words = ["model", "push", str(tmp_path / "v0.safetensors"), "--operator", str(keys), "--charter"]
+            words += [str(tmp_path / "charter.yaml"), "--address"]
+            assert main([*words, way.address]) == 0
+            assert way.lost == 1
         assert "is here" in capsys.readouterr().out
         whole.hospitals["alice"].wait_for(over(1))
         assert "note plan" not in health.ready()[1]
         assert REGISTRY.get_sample_value("wardround_plan_waits_for_model") == 0
-        assert main([*words, "--charter", str(tmp_path / "charter.yaml")]) == 0, "again is no harm"
+        assert main([*words, world.address]) == 0, "again is no harm"
         assert "was here already" in capsys.readouterr().out
 
 

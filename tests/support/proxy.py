@@ -1,4 +1,4 @@
-"""An HTTP forward proxy that knows CONNECT and remembers where it was asked to go."""
+"""Ways to a server: an HTTP forward proxy that knows CONNECT, and a port that loses its first connection."""
 
 import socket
 import threading
@@ -50,3 +50,36 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         return
+
+
+class LosesTheFirst:
+    """A port that leads to another one, as a forwarded one whose pod was replaced: one connection is lost."""
+
+    def __init__(self, port: int) -> None:
+        self.lost = 0
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.lost:
+                self.lost += 1
+                client.close()
+                continue
+            upstream = socket.create_connection(("127.0.0.1", self._port))
+            threading.Thread(target=_pump, args=(upstream, client), daemon=True).start()
+            threading.Thread(target=_pump, args=(client, upstream), daemon=True).start()
