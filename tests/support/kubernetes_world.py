@@ -173,7 +173,7 @@ class World:
         space.apply(claim)
         volume = {"name": "images", "persistentVolumeClaim": {"claimName": "images"}}
         space.apply(plain_pod("fill", image, mounts={"/data": volume}))
-        space.kubectl("wait", "--for=condition=Ready", "pod/fill", "--timeout=120s")
+        space.kubectl("wait", "--for=condition=Ready", "pod/fill", "--timeout=300s")
         space.kubectl("exec", "-i", "fill", "--", "tar", "x", "-C", "/data", given=tar)
         space.kubectl("delete", "pod", "fill", "--grace-period=1")
 

@@ -79,7 +79,7 @@ def helm_tests(world: World, *sites: str) -> None:
 def try_the_network(world: World, cli: str) -> None:
     """By trying: a stranger is stopped, a hospital reaches the aggregator and names, and nothing else."""
     world.stranger.apply(plain_pod("stranger", cli, labels={"app": "stranger"}))
-    world.stranger.kubectl("wait", "--for=condition=Ready", "pod/stranger", "--timeout=120s")
+    world.stranger.kubectl("wait", "--for=condition=Ready", "pod/stranger", "--timeout=300s")
     addresses = {site: space.get("pod", space.pod)["status"]["podIP"] for site, space in world.spaces.items()}
     stranger = world.stranger.get("pod", "stranger")["status"]["podIP"]
 
