@@ -1,6 +1,10 @@
 """The linear head's closed form against per-sample gradients, and its own sensitivity meter (privacy.md §3, §4, §8)."""
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,3 +195,21 @@ def test_nobody_moves_both_parts_of_a_centred_head_beyond_the_clip(kind: str, cl
             assert np.linalg.norm(one) <= clip.norm
             if kind == "nan":
                 assert not one.any()
+
+
+ALONE = """
+import os
+import services.hospital_node.__main__
+import numpy as np
+large = np.ones((7, 1000)) @ np.ones((1000, 1280))
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_the_node_multiplies_in_one_thread() -> None:
+    """Threads of OpenBLAS spin between two products: they once took most of a round's processor time."""
+    own = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE], env=own, cwd=Path(__file__).parents[2], check=True, capture_output=True
+    )  # fmt: skip
+    assert found.stdout.split() == [b"1"]
