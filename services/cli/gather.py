@@ -1,5 +1,6 @@
 """`wardround evidence`: bring what every site kept together in one folder, for `wardround verify`."""
 
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -30,6 +31,7 @@ def pull(
     address: Address,
     operator: Operator,
     charter: Charter = Path("charter.yaml"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Fetch the aggregator's evidence of one study.
 
@@ -44,7 +46,8 @@ def pull(
         ) as parts:
             files = write_parts(parts, place(run, Role.AGGREGATOR, ""))
     write_sums(run / "evidence")
-    _say(f"{run}: {files} files of the aggregator, about study {loaded.document.name}")
+    found = {"run": str(run), "role": Role.AGGREGATOR.value, "study": loaded.digest.hex(), "files": files}
+    _say(f"{run}: {files} files of the aggregator, about study {loaded.document.name}", found if as_json else None)
 
 
 @app.command()
@@ -53,6 +56,7 @@ def add(
     role: Annotated[Role, typer.Option(help="hospital or pod")],
     id: Annotated[str, typer.Option(help="the site's id in the charter")],
     tar: Annotated[Path | None, typer.Option(help="what the site sent; default: standard input")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Put in what one hospital or pod exported, as its own operator fetched it from its container.
 
@@ -71,7 +75,8 @@ def add(
         with tar.open("rb") as source:
             files = _unpack(source, folder)
     write_sums(run / "evidence")
-    _say(f"{run}: {files} files of {role.value} {id}")
+    found = {"run": str(run), "role": role.value, "id": id, "files": files}
+    _say(f"{run}: {files} files of {role.value} {id}", found if as_json else None)
 
 
 def _unpack(source: BinaryIO, folder: Path) -> int:
@@ -94,5 +99,9 @@ def _unpack(source: BinaryIO, folder: Path) -> int:
     return files
 
 
-def _say(sentence: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(sentence)
+def _say(sentence: str, found: dict[str, object] | None) -> None:
+    """`found` instead of the sentence where a program asks."""
+    if found is not None:
+        print(json.dumps(found))
+    else:
+        Console(highlight=False, soft_wrap=True).print(sentence)

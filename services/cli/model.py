@@ -30,6 +30,7 @@ def push(
     address: Address,
     operator: Operator,
     charter: Charter = Path("charter.yaml"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Bring a study's initial model to the aggregator, whose plan names it by its SHA-256.
 
@@ -44,7 +45,10 @@ def push(
             _requests(source, digest),
             seconds=_SECONDS,
         )
-    Console(highlight=False, soft_wrap=True).print(f"{digest.hex()}: {answer.detail}")
+    if as_json:
+        print(json.dumps({"model": digest.hex(), "detail": answer.detail}))
+    else:
+        Console(highlight=False, soft_wrap=True).print(f"{digest.hex()}: {answer.detail}")
 
 
 @app.command("list")
@@ -87,6 +91,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="the first model, v0.safetensors; not overwritten")],
     image_size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
     seed: Annotated[int, typer.Option(help="of the weights that the file does not give")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Make a study's first model from public pretrained weights; GroupNorm takes the factors of their BatchNorm.
 
@@ -99,6 +104,10 @@ def convert(
     shapes = models.layout(architectures.build(wanted))
     vector, left = models.converted_vector(wanted, weights, seed)
     digest = models.write_model_file(out, shapes, vector)
+    if as_json:
+        found = {"file": str(out), "parameters": models.size(shapes), "initial": digest.hex(), "not_from_file": left}
+        print(json.dumps(found))
+        return
     console = Console(highlight=False, soft_wrap=True)
     for name in left:
         console.print(f"{name}: not from the file, for its number of classes is another")

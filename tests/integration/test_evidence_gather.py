@@ -1,6 +1,7 @@
 """Evidence leaves a container through its socket as a tar, the aggregator over mTLS, and lands in one folder."""
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -22,7 +23,9 @@ from wardround.admin.v1 import admin_pb2
 ADMINISTER = [sys.executable, "-m", "services.common.rpc.administer"]
 
 
-def test_a_pods_audit_log_goes_through_its_socket_into_the_run(tmp_path: Path) -> None:
+def test_a_pods_audit_log_goes_through_its_socket_into_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     aggregator = FakeAggregator(tmp_path)
     aggregator.start()
     pod = PodProcess(aggregator)
@@ -34,7 +37,10 @@ def test_a_pods_audit_log_goes_through_its_socket_into_the_run(tmp_path: Path) -
         sent = subprocess.run([*ADMINISTER, "evidence", *socket], capture_output=True, check=True).stdout
         (tmp_path / "pod.tar").write_bytes(sent)
         words = ["evidence", "add", str(tmp_path / "run"), "--role", "pod", "--id", pod.id]
-        assert main([*words, "--tar", str(tmp_path / "pod.tar")]) == 0
+        assert main([*words, "--tar", str(tmp_path / "pod.tar"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {
+            "run": str(tmp_path / "run"), "role": "pod", "id": pod.id, "files": 1,
+        }  # fmt: skip
         audit = tmp_path / "run" / "evidence" / "pods" / pod.id / "audit.jsonl"
         assert b'"kind"' in audit.read_bytes()
         assert check_sums(tmp_path / "run" / "evidence") == 1

@@ -1,6 +1,7 @@
 """A plan without its model waits for it, and an operator brings it over mTLS; nobody else, and nothing else."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,8 +93,10 @@ def test_a_first_plan_waits_for_its_model_and_goes_on_by_itself(
         whole.hospitals["alice"].wait_for(over(1))
         assert "note plan" not in health.ready()[1]
         assert REGISTRY.get_sample_value("wardround_plan_waits_for_model") == 0
-        assert main([*words, world.address]) == 0, "again is no harm"
-        assert "was here already" in capsys.readouterr().out
+        assert main([*words, world.address, "--json"]) == 0, "again is no harm"
+        said = json.loads(capsys.readouterr().out)
+        assert said["model"] == digest
+        assert "was here already" in said["detail"]
 
 
 def test_only_what_a_plan_names_and_only_from_an_operator(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from services.cli.__main__ import main
 from services.common.documents.study import BackboneSection, ModelSection
 from services.common.dp.clip import Clip
 from services.common.errors import Reason, ServiceError
@@ -170,6 +171,18 @@ def test_convnext_converted_computes_what_torchvision_does(tmp_path: Path) -> No
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(module(images), public(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_converts_and_says_so_to_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    public = import_torchvision().models.mobilenet_v3_small(weights=None, num_classes=10).state_dict()
+    torch.save(public, tmp_path / "public.pth")
+    words = ["model", "convert", str(tmp_path / "public.pth"), "--architecture", "mobilenet-v3-small-gn"]
+    words += ["--classes", "a,b,c", "--image-size", "32", "--out", str(tmp_path / "v0.safetensors"), "--json"]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["initial"] == hashlib.sha256((tmp_path / "v0.safetensors").read_bytes()).hexdigest()
+    assert said["parameters"] == size(layout(build(section("mobilenet-v3-small-gn", 32))))
+    assert len(said["not_from_file"]) == 2
 
 
 def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
