@@ -1,6 +1,6 @@
 """The aggregator's metrics: closed label sets, base units; of patients' data nothing but released figures."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -75,7 +75,7 @@ PLAN_REFUSED = Gauge("wardround_plan_refused", "1 while the plan on disk is refu
 PLAN_WAITS = Gauge("wardround_plan_waits_for_model", "1 while the model that the plan's study begins with is not here")
 
 _DECLINE_REASONS = (Reason.POLICY_REFUSES, Reason.BUDGET_EXHAUSTED, Reason.INTERNAL)
-_shown: list[str] = []  # the study that the gauges are about
+_shown: dict[str, list[str]] = {}  # what the labels of some gauges are about now
 
 for _phase in Phase:
     PHASE.labels(_phase.value)
@@ -95,12 +95,18 @@ for _reason in _DECLINE_REASONS:
     DECLINED.labels(_reason.value)
 
 
+def _only(what: str, names: Sequence[str], *gauges: Gauge) -> None:
+    """These gauges are about `names` from now on: nothing stays of a study, member or charter that was left behind."""
+    if _shown.get(what) != list(names):
+        _shown[what] = list(names)
+        for gauge in gauges:
+            gauge.clear()
+
+
 def show_study(study: LoadedStudy, figures: Mapping[str, float]) -> None:
     """Which study is in force and its newest released figures: after secure aggregation and noise, so everybody's."""
     name = short(study.digest)
-    if _shown != [name]:
-        _shown[:] = [name]
-        QUALITY.clear()
+    _only("study", [name], QUALITY)
     show_studies({name: study.document.name})
     for figure, value in figures.items():
         QUALITY.labels(name, figure).set(value)
@@ -121,6 +127,7 @@ def show_state(state: State) -> None:
 def show_history(roster: Roster, state: State, cohort: Collection[str], newest: Mapping[tuple[str, str], int]) -> None:
     """Who took part: in the open attempt, in the newest cohort, and in which round last (by role and member)."""
     COHORT.set(len(cohort))
+    _only("history", _members(roster), HAS_SUBMITTED, HAS_DECLINED, NEWEST_ROUND)
     for hospital in roster.hospitals:
         HAS_SUBMITTED.labels(hospital).set(hospital in state.submissions)
         HAS_DECLINED.labels(hospital).set(hospital in state.declined)
@@ -136,6 +143,8 @@ def show_members(
     hospitals: Mapping[str, tuple[bytes, ...]],
 ) -> None:
     """Who is connected, and which of the pinned charters they hold (P-26); the maps say what each reports."""
+    _only("members", _members(roster), CONNECTED)
+    _only("charters", list(pinned), CHARTERS)
     listed: dict[str, Collection[str]] = {"pod": [pod.id for pod in roster.pods], "hospital": roster.hospitals}
     for role, reports in (("pod", pods), ("hospital", hospitals)):
         for member in listed[role]:
@@ -145,6 +154,10 @@ def show_members(
         CHARTER_DIFFERS.labels(role).set(sum(set(held).isdisjoint(pinned.values()) for held in reports.values()))
     ENROLLED.set(len(hospitals))
     PODS_QUORUM.set(roster.committee.quorum)
+
+
+def _members(roster: Roster) -> list[str]:
+    return [*roster.hospitals, *(pod.id for pod in roster.pods)]
 
 
 def count_dropped(state: State, fact: CohortFixed, roster: Roster) -> None:

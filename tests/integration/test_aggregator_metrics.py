@@ -1,10 +1,13 @@
 """What the coordinating centre shows of a round in which one hospital declines and one stays away."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client import REGISTRY
 
-from tests.support.aggregator_world import until
+from services.aggregator.metrics import show_history, show_members
+from services.aggregator.round import State
+from tests.support.aggregator_world import make_world, until
 from tests.support.fake_federation import federation, over
 
 
@@ -53,3 +56,27 @@ def test_a_member_with_another_charter_is_counted(tmp_path: Path) -> None:
         until(lambda: shown("member_connected", role="hospital", member="alice") == 1)
         whole.running.coordinator.enrolment.join(object(), "bob", (b"?" * 32,))
         assert shown("charter_differs", role="hospital") == 1
+
+
+def test_nothing_is_shown_of_a_charter_or_a_member_that_an_amendment_left_behind(tmp_path: Path) -> None:
+    roster = make_world(tmp_path).documents.charter.roster
+    *stay, leaves = roster.hospitals
+    old, new = b"1" * 32, b"2" * 32
+    show_members(roster, {"current": old, "next": new}, {}, {leaves: (old, new)})
+    show_history(roster, State(), roster.hospitals, {})
+    assert shown("charter_reports", charter="next", role="hospital") == 1
+    assert shown("member_connected", role="hospital", member=leaves) == 1
+    assert shown("member_round", role="hospital", member=leaves) == 0
+    smaller = replace(roster, hospitals={name: roster.hospitals[name] for name in stay})
+    show_members(smaller, {"current": new}, {}, {stay[0]: (new,)})
+    show_history(smaller, State(), stay, {})
+    assert shown("charter_reports", charter="current", role="hospital") == 1
+    for name, labels in {
+        "charter_reports": {"charter": "next", "role": "hospital"},
+        "member_connected": {"role": "hospital", "member": leaves},
+        "member_round": {"role": "hospital", "member": leaves},
+        "member_submitted": {"member": leaves},
+        "member_declined": {"member": leaves},
+    }.items():
+        assert REGISTRY.get_sample_value(f"wardround_{name}", labels) is None, name
+    assert shown("member_connected", role="hospital", member=stay[0]) == 1
