@@ -109,7 +109,7 @@ def run(
     LOOK.watch(look)
     for entry in documents.policy().document.studies:  # known and alerted on, whether or not the aggregator is there
         study = bytes.fromhex(entry.sha256)
-        metrics.show_figures(study, participation.privacy(study))
+        metrics.show_figures(study, participation.privacy(study, documents.policy()))
     metrics.halted(bool(store.alarms()))
     node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):

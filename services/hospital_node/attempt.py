@@ -39,7 +39,7 @@ def check_attempt(
     sent: Sequence[Sent],
     now_ms: int,
 ) -> CheckedManifest:
-    """The manifest under which this hospital may mask; `sent` are all its submissions of the study.
+    """The manifest under which this hospital may mask; `sent`: its submissions of the study in this round or later.
 
     Raises as `check_manifest` and `check_endorsed` (P-17); WRONG_CORE for a core other than `own` (P-21) or than
     the one submitted in this round (P-16); BURNED below the own mark or without the abandon certificates of P-10;

@@ -8,7 +8,6 @@ certificate; before that a new vector is drawn. `checkpoint(name)` is passed at 
 Not here: the loop and its threads (node.py), what makes an attempt valid (attempt.py).
 """
 
-import datetime
 import logging
 import secrets
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from services.common.clock import Clock
 from services.common.documents.charter import LoadedCharter
+from services.common.documents.policy import LoadedPolicy
 from services.common.documents.shape import RoundShape, check_study, core_for, round_shape, total_rounds
 from services.common.documents.strategies import most_model_bytes
 from services.common.documents.study import LoadedStudy, load_study
@@ -27,11 +27,10 @@ from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.attempt import check_attempt
 from services.hospital_node.client import AggregatorClient, ManifestAnswer, Phase, RoundState, Upload
+from services.hospital_node.consent import Consent
 from services.hospital_node.control import own_control
-from services.hospital_node.datacheck import require_check
-from services.hospital_node.events import Checked
 from services.hospital_node.ledger import Ledger
-from services.hospital_node.policy import Projection, decide, decide_study
+from services.hospital_node.policy import decide_study
 from services.hospital_node.ports import Consents, Progress, Trainer
 from services.hospital_node.release import Counts, encode_round, round_debits, study_plan
 from services.hospital_node.results import follow_results
@@ -63,6 +62,7 @@ class Participation:
         self.hospital = hospital
         self.store = store
         self.ledger = Ledger(store.database)
+        self.consent = Consent(consents, self.ledger, store, trainer, clock)
         self._signer = signer
         self._consents = consents
         self._client = client
@@ -74,7 +74,6 @@ class Participation:
         self.progress = Progress()
         self._studies: dict[bytes, LoadedStudy] = {}
         self._checked: set[bytes] = set()  # charters that the study of `_studies` was held against
-        self._data: Checked | None = None  # where the study requires a check of them
         self._drawn: Vector | None = None  # x that this life wrote: masked once without being looked at again
         self._shown: tuple[bytes, bytes, LedgerMark] | None = None  # what `progress.figures` were computed from
 
@@ -89,12 +88,13 @@ class Participation:
         self.progress.take(state.study, state.round, state.attempt)
         self._refuse_halted(state.study)
         charter = self._charter(state.charter)
-        refusal = decide_study(self._consents.policy(), state.study)
+        policy = self._consents.policy()
+        refusal = decide_study(policy, state.study)
         if refusal is not None:
             raise refusal
         study = self._study(state.study, charter)
         self.progress.study_name = study.document.name
-        self._figures(study)
+        self._figures(study, policy)
         self._follow(study, state)
         if self.store.scrub(study.digest, state.closed_round):
             self._checkpoint("scrubbed")
@@ -106,24 +106,6 @@ class Participation:
         else:
             self._take_part(charter, study, state, should_stop)
 
-    def projection(self, charter: LoadedCharter, study: LoadedStudy, round_number: int, model: bytes) -> Projection:
-        """What this round would cost, given what its vector has cost already (L-1: an attempt is no second debit)."""
-        kept = self.store.vector(study.digest, round_number)
-        name = kept.name if kept is not None else ""
-        shape = round_shape(charter, study, round_number)
-        cost = round_debits(study, shape, model, name)
-        plain = round_debits(study, round_shape(charter, study, 1), model, name)
-        allowed = self._consents.policy().allowed(study.digest)
-        policy = self._consents.policy().document
-        return self.ledger.account().project(
-            cost,
-            [debit for debit in plain if debit.split == "train"],
-            remaining=max(0, study.document.rounds - round_number + 1),
-            study_cap=allowed.epsilon if allowed is not None else 0.0,
-            caps=Caps(policy.dataset_epsilon, policy.dataset_delta),
-            paid=kept is not None and self.ledger.debited(kept.name),
-        )
-
     def _take_part(
         self, charter: LoadedCharter, study: LoadedStudy, state: RoundState, should_stop: Callable[[], bool]
     ) -> None:
@@ -133,11 +115,13 @@ class Participation:
             self._say("submitted", "the aggregator has this round's vector; its receipt is stored")
             return
         if pending is not None:
+            self._say("submitting", "uploading the masked vector")
             self._upload(pending, charter)  # paid for, perhaps half sent: the same bytes, whatever the policy says now
             return
         shape = round_shape(charter, study, state.round)
         self._check_model(study, state)
-        self._consent(charter, study, state)
+        self.consent.require(charter, study, state.round, state.model, self.progress.figures)
+        self._checkpoint("consented")
         kept = self.store.vector(study.digest, state.round)
         vector = self._prepare(charter, study, shape, state, kept, should_stop)
         if vector is None:
@@ -146,18 +130,6 @@ class Participation:
             self._say("trained", "waiting for the round's manifest")
         else:  # after a training the manifest that came with the claim may be that of an attempt which is over
             self._submit(charter, study, vector, state.endorsed if vector == kept else None)
-
-    def _consent(self, charter: LoadedCharter, study: LoadedStudy, state: RoundState) -> None:
-        """Policy and ledger (L-2), before any model is downloaded."""
-        today = datetime.datetime.fromtimestamp(self._clock.now_ms() / 1000, datetime.UTC).date()
-        projection = self.projection(charter, study, state.round, state.model)
-        self.progress.figures["rounds_left"] = float(projection.rounds_left)
-        self.progress.figures["rounds_planned"] = float(max(0, study.document.rounds - state.round + 1))
-        refusal = decide(self._consents.policy(), charter, study, projection, today)
-        if refusal is not None:
-            raise refusal
-        self._data = require_check(study, self._consents, self._trainer, self._data)
-        self._checkpoint("consented")
 
     def _prepare(
         self,
@@ -171,7 +143,7 @@ class Participation:
         """x under (study, round): the stored one, else one new draw of sampling and noise. None when stopped."""
         if kept is not None and (kept.charter, kept.model) == (charter.digest, state.model):
             return kept
-        if kept is not None and any(sent.round == state.round for sent in self.store.sent(study.digest)):
+        if kept is not None and any(sent.round == state.round for sent in self.store.sent(study.digest, state.round)):
             raise ServiceError(
                 Reason.WRONG_CORE,
                 f"round {state.round} has another charter or model than the vector that was submitted in it (P-16): "
@@ -204,7 +176,7 @@ class Participation:
         return self._trainer.evaluate(study, model, "validation") if shape.has_gate else None
 
     def _submit(self, charter: LoadedCharter, study: LoadedStudy, vector: Vector, came: ManifestAnswer | None) -> None:
-        self._say("submitting", "checking the manifest")
+        self._say("submitting", "masking and uploading the vector")
         answer = came or self._client.manifest(study.digest, vector.round)
         own = core_for(charter, study, vector.round, self.store.chain(study.digest).digest, vector.model)
         checked = check_attempt(
@@ -213,7 +185,7 @@ class Participation:
             answer.abandons,
             roster=charter.roster,
             own=own,
-            sent=self.store.sent(study.digest),
+            sent=self.store.sent(study.digest, own.round),
             now_ms=self._clock.now_ms(),
         )
         self._checkpoint("manifest-checked")
@@ -238,10 +210,11 @@ class Participation:
         shape = round_shape(charter, study, round_number)
         debits = round_debits(study, shape, vector.model, vector.name, attempt=attempt, manifest=checked.M)
         joined = self.ledger.account().joined.get(study.digest.hex())
-        joining = joined or study_plan(charter, study, self._consents.policy())
+        policy = self._consents.policy()
+        joining = joined or study_plan(charter, study, policy)
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
-            mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits, self._data)
+            mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits, self.consent.data)
             header = sign_header(masked, checked, self.hospital, mark, self._signer)
             pending = Submission(
                 study=study.digest,
@@ -262,7 +235,7 @@ class Participation:
             self.store.pend(connection, pending)
             self._checkpoint("in-transaction")
         self._checkpoint("debited")
-        self._figures(study)
+        self._figures(study, policy)
         # P-10: x of earlier rounds is scrubbed as soon as a higher round is submitted.
         self.store.scrub(study.digest, round_number - 1)
         return pending
@@ -272,7 +245,6 @@ class Participation:
 
         `fresh`: it was made just now, so the aggregator lacks all of it and need not be asked.
         """
-        self._say("submitting", "uploading the masked vector")
         checked = check_manifest(pending.manifest_blob, charter.roster)
         next_chunk, receipt = (
             (0, None) if fresh else self._client.upload_status(pending.manifest, pending.header_digest)
@@ -310,14 +282,14 @@ class Participation:
             try:
                 follow_results(self.store, self.ledger, self.hospital, study, rosters, answers)
             except ServiceError:
-                self._figures(study)  # an alarm has put into the ledger what the round really cost (L-3)
+                self._figures(study, self._consents.policy())  # an alarm wrote what the round really cost (L-3)
                 raise
             self._checkpoint("result-checked")
         self.progress.model_version = self.store.chain(study.digest).version
 
     def _check_round(self, study: LoadedStudy, state: RoundState) -> None:
         """Refuse a replayed round before anything is trained for it; `check_attempt` holds the mark again later."""
-        highest = max((sent.round for sent in self.store.sent(study.digest)), default=0)
+        highest = self.store.highest_sent(study.digest)
         if state.round <= self.store.chain(study.digest).round or state.round < highest:
             raise ServiceError(
                 Reason.CLOSED, f"round {state.round} is over at this hospital, which has taken part up to {highest}"
@@ -373,22 +345,21 @@ class Participation:
 
     def _refuse_halted(self, study: bytes) -> None:
         if (detail := self.store.halted(study)) is not None:
-            self.progress.figures |= self.privacy(study)
+            self.progress.figures |= self.privacy(study, self._consents.policy())
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
 
-    def privacy(self, study: bytes) -> dict[str, float]:
+    def privacy(self, study: bytes, policy: LoadedPolicy) -> dict[str, float]:
         """ε as ledger and policy have it now: functions of the study and the rounds, not of the data."""
-        policy = self._consents.policy()
         allowed = policy.allowed(study)
         caps = Caps(policy.document.dataset_epsilon, policy.document.dataset_delta)
         return self.ledger.account().figures(study.hex(), allowed.epsilon if allowed is not None else 0.0, caps)
 
-    def _figures(self, study: LoadedStudy) -> None:
-        basis = (study.digest, self._consents.policy().digest, self.ledger.mark())
+    def _figures(self, study: LoadedStudy, policy: LoadedPolicy) -> None:
+        basis = (study.digest, policy.digest, self.ledger.mark())
         if basis == self._shown:
             return
         self._shown = basis
-        self.progress.figures |= self.privacy(study.digest) | {"rounds_total": float(total_rounds(study))}
+        self.progress.figures |= self.privacy(study.digest, policy) | {"rounds_total": float(total_rounds(study))}
 
     def _say(self, phase: str, detail: str) -> None:
         self.progress.phase, self.progress.detail = phase, detail

@@ -182,10 +182,16 @@ class Store:
         """Every submission of a study that left or may have left, ascending by round and attempt."""
         return tuple(map(_submission, self.database.query(_OF_STUDY, (study,))))
 
-    def sent(self, study: bytes) -> tuple[Sent, ...]:
-        """The same as the own mark sees them."""
-        rows = self.database.query("SELECT round, attempt, manifest, core FROM submissions WHERE study = ?", (study,))
+    def sent(self, study: bytes, from_round: int) -> tuple[Sent, ...]:
+        """Those of this round and later ones, as the own mark sees them."""
+        rows = self.database.query(
+            "SELECT round, attempt, manifest, core FROM submissions WHERE study = ? AND round >= ?", (study, from_round)
+        )
         return tuple(Sent(*row) for row in rows)
+
+    def highest_sent(self, study: bytes) -> int:
+        """The highest round with a submission, 0 before the first."""
+        return int(self.database.query("SELECT max(round) FROM submissions WHERE study = ?", (study,))[0][0] or 0)
 
     def last_receipt_ms(self) -> int:
         """The aggregator's time (Unix ms) in the newest receipt, 0 before the first."""

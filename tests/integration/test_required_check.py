@@ -133,7 +133,7 @@ def test_verify_of_a_ledger_that_never_says_checked_fails(
     world: World, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node that passes the requirement over: what it signed shows it."""
-    monkeypatch.setattr("services.hospital_node.participate.require_check", lambda *_: None)
+    monkeypatch.setattr("services.hospital_node.consent.require_check", lambda *_: None)
     send(site, 1)
     found = evidence(world, site, tmp_path / "bad", site.participation.ledger)
     with pytest.raises(ServiceError, match="alice: it sent a header, and its ledger says of no data check before it"):

@@ -114,7 +114,8 @@ class Script:
         first.step()
         self._finish(checked)
         first.step()
-        first.participation.projection(world.charter, world.study, 2, world.initial)  # every fork has it at hand
+        policy = self.documents.policy()  # every fork has at hand what round 2 costs
+        first.participation.consent.projection(policy, world.charter, world.study, 2, world.initial)
         first.close()
         self.aggregator.open_round(2)
         self.second = self.aggregator.make_manifest(self.aggregator.core(2), 1, seconds=7200, expires=10_000)

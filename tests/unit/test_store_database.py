@@ -58,6 +58,30 @@ def test_an_inner_transaction_is_undone_alone_and_committed_with_the_outer(tmp_p
     db.close()
 
 
+def test_an_answer_is_given_again_only_while_no_row_has_changed(tmp_path: Path) -> None:
+    db = open_database(tmp_path / "s.db", [ONE])
+
+    def rows() -> list[tuple[int]]:
+        return db.query("SELECT x FROM t WHERE x < ?", (10,))
+
+    assert rows() == []
+    rows().append((9,))  # the caller's own list
+    with pytest.raises(ZeroDivisionError):
+        insert_and_fail(db, 1)
+    assert rows() == []
+    with db.transaction() as connection:
+        connection.execute("INSERT INTO t VALUES (2)")
+    assert rows() == [(2,)]
+    with db.transaction() as connection:
+        connection.execute("UPDATE t SET x = 3")
+        assert rows() == [(3,)]
+    assert rows() == [(3,)]
+    with db.transaction() as connection:
+        connection.execute("DELETE FROM t")
+    assert rows() == []
+    db.close()
+
+
 def test_threads_take_turns(tmp_path: Path) -> None:
     db = open_database(tmp_path / "s.db", [ONE, "INSERT INTO t VALUES (0)"])
 

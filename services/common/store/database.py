@@ -21,6 +21,7 @@ NEW_STORE = 'keep the folder and begin with an empty one (docs/operations.md, "A
 _FULL = 2  # PRAGMA synchronous
 _VOLATILE = frozenset({"tmpfs", "ramfs", "overlay", "aufs"})
 _EMPTY_DIR = "/kubernetes.io~empty-dir/"
+_MOST_REMEMBERED, _MOST_ROWS = 64, 16  # answers, and rows of one: what is asked for again and again is short
 
 
 class Database:
@@ -32,6 +33,8 @@ class Database:
         self._lock_file = lock_file
         self._lock = threading.RLock()
         self._depth = 0
+        self._answers: dict[tuple[str, tuple[Any, ...]], list[tuple[Any, ...]]] = {}
+        self._answered_at = 0  # row changes of this connection when they were read
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -58,9 +61,22 @@ class Database:
                 self._depth -= 1
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one SELECT, outside or inside a transaction."""
+        """All rows of one SELECT, outside or inside a transaction.
+
+        Nobody else writes to this store, so outside of one a short answer is given again until a row has changed.
+        """
         with self._lock, _refusing(self.path):
-            return self._connection.execute(sql, parameters).fetchall()
+            if self._depth:  # what it changed may still be rolled back
+                return self._connection.execute(sql, parameters).fetchall()
+            if self._connection.total_changes != self._answered_at:
+                self._answers, self._answered_at = {}, self._connection.total_changes
+            key = sql, tuple(parameters)
+            found = self._answers.get(key)
+            if found is None:
+                found = self._connection.execute(sql, parameters).fetchall()
+                if len(found) <= _MOST_ROWS and len(self._answers) < _MOST_REMEMBERED:
+                    self._answers[key] = found
+            return list(found)
 
     def close(self) -> None:
         """Give the store back; another process may open it from now on."""
