@@ -106,17 +106,21 @@ def _release_orders(state: State, found: dict[str, list[Order]], chunks: int, he
         if state.phase is Phase.VERIFIED:
             sums = [piece for piece in sums if state.chosen and state.chosen[piece] == pod]
         digests = [piece for piece, whole in asked if not whole and piece not in said]
-        if sums:
+        if state.phase is Phase.VERIFIED:
+            digests = []
+        whole, more = (",".join(map(str, pieces)) for pieces in (sums, digests))
+        if sums:  # a digest that is asked of the same pod travels with them
             release = ReleaseOrder(
-                manifest=state.manifest, certificate=state.certificate, pieces=sums, first_chunk=0, chunks=chunks
-            )
-            key = ("release", state.M.hex(), ",".join(map(str, sums)))
+                manifest=state.manifest, certificate=state.certificate, pieces=sorted((*sums, *digests)),
+                digests=digests, first_chunk=0, chunks=chunks,
+            )  # fmt: skip
+            key: Key = ("release", state.M.hex(), whole, more)
             found[pod].append(Order(key, lambda message=release: WatchResponse(release=message)))  # type: ignore[misc]  # bound now
-        if digests and state.phase is Phase.RELEASING:
+        elif digests:
             order = DigestOrder(
                 manifest=state.manifest, certificate=state.certificate, pieces=digests, first_chunk=0, chunks=chunks
             )
-            key = ("digest", state.M.hex(), ",".join(map(str, digests)))
+            key = ("digest", state.M.hex(), more)
             found[pod].append(Order(key, lambda message=order: WatchResponse(digest=message)))  # type: ignore[misc]  # bound now
 
 

@@ -291,14 +291,17 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
                             Reason.MALFORMED, f"a chunk of piece {part.chunk.piece} inside another piece"
                         )
                     pending[1].append(part.chunk.index, part.chunk.data)
-                elif kind == "piece_sum" and pending is not None:
-                    said = self._claim(snapshot, pod, from_wire(part.piece_sum), released=True)
-                    if said.piece != pending[0]:
-                        raise ServiceError(
-                            Reason.MALFORMED, f"piece {said.piece} signed after the chunks of {pending[0]}"
-                        )
-                    pending[1].finish(said.vector)
-                    pending = None
+                elif kind == "piece_sum":
+                    said = self._claim(snapshot, pod, from_wire(part.piece_sum), released=pending is not None)
+                    if pending is not None:
+                        if said.piece != pending[0]:
+                            raise ServiceError(
+                                Reason.MALFORMED, f"piece {said.piece} signed after the chunks of {pending[0]}"
+                            )
+                        pending[1].finish(said.vector)
+                        pending = None
+                    elif state.asked.get((pod, said.piece)) is not False:
+                        raise ServiceError(Reason.MALFORMED, f"the sum of piece {said.piece} was signed, not sent")
                     claims.append(said)
                 else:
                     raise ServiceError(Reason.MALFORMED, "a release is chunks, then the piece's signed digest")
@@ -307,7 +310,7 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         finally:
             if pending is not None:
                 pending[1].close()
-        self._coordinator.holds(state.M, pod, [claim.piece for claim in claims])
+        self._coordinator.holds(state.M, pod, [claim.piece for claim in claims if claim.released])
         self._tell_claims(snapshot, claims)
 
 

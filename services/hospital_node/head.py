@@ -103,7 +103,8 @@ def clipped_head_sum(
     for rows in groups:
         patients, each = rows.labels.shape
         with np.errstate(over="ignore", invalid="ignore"):
-            scores = rows.features @ weight.T + (bias + shift)
+            flat = rows.features.reshape(patients * each, -1)
+            scores = (weight @ flat.T).T.reshape(patients, each, classes) + (bias + shift)  # one product of matrices
             scores -= scores.max(axis=2, keepdims=True)
             errors = np.exp(scores)
             errors /= errors.sum(axis=2, keepdims=True)
@@ -122,7 +123,7 @@ def clipped_head_sum(
         refused += int((~np.isfinite(norms)).sum())
         scaled = (errors * factors[:, None, None]).reshape(-1, classes)
         total[:, 0] += scaled.sum(axis=0)
-        total[:, 1:] += scaled.T @ rows.features.reshape(patients * each, -1)
+        total[:, 1:] += scaled.T @ flat
     if count_non_finite is not None:
         count_non_finite(refused)
     return np.concatenate([total[:, 0], total[:, 1:].ravel()])

@@ -7,6 +7,7 @@ safetensors, F32, contiguous in the same order and nothing else.
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def layout(module: nn.Module) -> Layout:
     """(name, shape) of the trainable tensors, names ascending."""
     return tuple((name, tuple(p.shape)) for name, p in trainable(module))
+
+
+@lru_cache(maxsize=8)
+def layout_of(model: ModelSection) -> Layout:
+    """That of the study's architecture, built once: building one draws all its weights."""
+    return layout(build(model))
 
 
 def size(shapes: Layout) -> int:

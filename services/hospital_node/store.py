@@ -229,8 +229,8 @@ class Store:
             self.blobs.delete(*(digest for (digest,) in rows))
             with self.database.transaction() as connection:
                 for statement in (
-                    "UPDATE vectors SET scrubbed = 1 WHERE study = ? AND round <= ?",
-                    "UPDATE submissions SET scrubbed = 1, boxes = x'' WHERE study = ? AND round <= ?",
+                    "UPDATE vectors SET scrubbed = 1 WHERE study = ? AND round <= ? AND scrubbed = 0",
+                    "UPDATE submissions SET scrubbed = 1, boxes = x'' WHERE study = ? AND round <= ? AND scrubbed = 0",
                 ):
                     connection.execute(statement, (study, through_round))
         return len(rows)

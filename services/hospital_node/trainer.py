@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.documents.study import LoadedStudy
-from services.hospital_node.architectures import build
 from services.hospital_node.control import control_change
 from services.hospital_node.dataset import Dataset, Split, load_dataset
 from services.hospital_node.evaluation import evaluate
 from services.hospital_node.inputs import Inputs
-from services.hospital_node.models import layout, read_control, read_model_file
+from services.hospital_node.models import layout_of, read_control, read_model_file
 from services.hospital_node.release import Counts
 from services.hospital_node.training import (
     Compute,
@@ -86,10 +85,10 @@ class SiteTrainer:
         discard_progress(self._progress)
 
     def _vector(self, study: LoadedStudy, model: Path) -> npt.NDArray[np.float32]:
-        return read_model_file(model, layout(build(study.document.model)))
+        return read_model_file(model, layout_of(study.document.model))
 
     def _server_control(self, study: LoadedStudy, model: Path) -> npt.NDArray[np.float32]:
-        return read_control(model, layout(build(study.document.model)))
+        return read_control(model, layout_of(study.document.model))
 
     def _open(self, study: LoadedStudy, should_stop: Callable[[], bool]) -> tuple[Dataset, Inputs]:
         """The data set as this study sees it; every image is decoded once, before anything of a round is timed."""

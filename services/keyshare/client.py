@@ -25,7 +25,8 @@ from wardround.keyshare.v1.keyshare_pb2_grpc import KeyShareServiceStub
 
 _log = logging.getLogger(__name__)
 _ANSWER_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
-_WHAT = attrgetter("manifest", "certificate", "pieces", "first_chunk", "chunks")  # of a release or digest order
+_WHAT = ("manifest", "certificate", "pieces", "first_chunk", "chunks")
+_RELEASE, _DIGEST = attrgetter(*_WHAT, "digests"), attrgetter(*_WHAT, "pieces")  # of such an order
 _RPCS = {"propose": "Commit", "offer": "Accept", "high_water": "HighWater"}  # the others are called like their order
 
 
@@ -77,7 +78,7 @@ class Client:
             case "lock":
                 return {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
             case "digest":
-                parts = pod.release(*_WHAT(order), whole=False)
+                parts = pod.release(*_DIGEST(order))
                 return {"piece_sums": [to_wire(part) for part in parts if isinstance(part, Signed)]}
             case "abandon":
                 ref = Ref(order.study, order.round, order.attempt)
@@ -96,7 +97,7 @@ class Client:
 
     def _released(self, command: int, order: wire.ReleaseOrder) -> Iterator[wire.ReleaseRequest]:
         try:
-            for part in self._pod.release(*_WHAT(order)):
+            for part in self._pod.release(*_RELEASE(order)):
                 if isinstance(part, Signed):
                     yield wire.ReleaseRequest(command=command, piece_sum=to_wire(part))
                 else:

@@ -136,24 +136,24 @@ class Pod:
         return self._sign(checked, "lock", messages.Lock(checked.M, parsed.digest, len(parsed.members), self.id))
 
     def release(
-        self, manifest: bytes, certificate: bytes, pieces: Sequence[int], first: int, count: int, *, whole: bool = True
+        self, blob: bytes, certificate: bytes, pieces: Sequence[int], first: int, count: int, alone: Sequence[int] = ()
     ) -> Iterator[tuple[int, int, bytes] | Signed]:
-        """Release → of each piece (piece, index, lanes) a chunk, then its signed PieceSum. Digest → the last alone."""
-        checked = self._manifest(manifest)
+        """Release → of each piece (piece, index, lanes) a chunk, then its signed PieceSum; of `alone` only the last."""
+        checked = self._manifest(blob)
         cohort = valid.check_certificate(checked, certificate)
         locks = codec.decode(messages.CohortCertificate, certificate).locks
         locked = [codec.decode(messages.Lock, signed.blob).pod for signed in locks]
         self._do(lambda state: custody.release(state, checked, cohort, locked, pieces))
         own = checked.roster.committee.pieces_of(checked.roster.pod_index(self.id))
         lanes, total = checked.table.ring, checked.table.total_bytes
-        take = digests.with_digest if whole else digests.digest_alone
         for piece in pieces:
+            take = digests.digest_alone if piece in alone else digests.with_digest
             streams, hashed = self._keys(checked).streams, []
             keys = [streams[member.hospital][own.index(piece)] for member in cohort.members]
             for index, (data, digest) in enumerate(masking.sum_streams(keys, lanes, total, first, count, take), first):
                 self._keys(checked)  # raises once they were dropped (P-22)
                 hashed.append(digest)
-                if whole:
+                if piece not in alone:
                     yield piece, index, data
             vector = digests.vector_digest(sum(ring.chunk_lengths(total)[first : first + count]), hashed)
             answer = messages.PieceSum(checked.M, cohort.digest, piece, first, count, vector, self.id)

@@ -183,7 +183,7 @@ def test_aggregator_killed_between_two_locks_goes_on_with_the_same_cohort(tmp_pa
     assert any(isinstance(fact, f.Concluded) for fact in stored)
 
 
-@pytest.mark.parametrize("kind", ["propose", "endorse", "offer", "release", "digest"])
+@pytest.mark.parametrize("kind", ["propose", "endorse", "offer", "release"])
 def test_kill_minus_9_at_each_step_loses_nothing(tmp_path: Path, kind: str) -> None:
     world = make_world(tmp_path, rounds=1)
     service = world.spawn(patience_seconds=120)

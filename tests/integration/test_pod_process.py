@@ -140,6 +140,9 @@ def test_whole_round_over_the_wire(aggregator: FakeAggregator, pod: PodProcess) 
         assert chunks[piece] == hashlib.sha256(checked.table.ring.pack(total)).digest()
     digests = aggregator.ask(pod.id, digest=wire.DigestOrder(**order)).piece_sums
     assert [one.blob for one in digests] == [one.blob for one in sums]
+    both = aggregator.ask(pod.id, release=wire.ReleaseOrder(**order, digests=[2]))
+    assert [message[1] for message in both if isinstance(message, tuple)] == [1]  # of piece 2 no sum leaves
+    assert [part.piece_sum.blob for part in both if not isinstance(part, tuple)] == [one.blob for one in sums]
     parsed = open_round_signed(PieceSum, "release", Signed(sums[0].blob, sums[0].signature), checked)[1]
     assert (parsed.piece, parsed.cohort) == (1, cohort.digest)
     wrong = aggregator.ask(pod.id, release=wire.ReleaseOrder(**{**order, "pieces": [0]}))
