@@ -343,7 +343,10 @@ def check_result_chain(
         core_charter = _charter_of(link.manifest)
         roster = rosters.get(core_charter)
         if roster is None:
-            raise _wrong(f"a result under charter {core_charter.hex()[:16]}…, which is not pinned here")
+            raise _wrong(
+                f"a result under charter {core_charter.hex()[:16]}…, which is not pinned here: a member that joined "
+                "after it begins with the next study"
+            )
         checked = check_manifest(link.manifest, roster)
         result = open_signed(Result, "result", link.result, roster.aggregator.key)
         core, place = checked.core, f"the result of round {result.round}"
