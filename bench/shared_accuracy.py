@@ -1,7 +1,7 @@
 """What each mechanism reaches at one ε on folders of sites, noise seed by noise seed, in one process without masks.
 
-    python bench/shared_accuracy.py --data DIR [--model linear-head --backbone FILE] [--image-size N]
-        [--epsilons 1,3,8] [--seeds 3] [--rounds T] [--settings none,pooled,4:0,3:1,local]
+    python bench/shared_accuracy.py --data DIR [--model linear-head --backbone FILE] [--features NAME] [--views 1|2|4]
+        [--image-size N] [--epsilons 1,3,8] [--seeds 3] [--rounds T] [--settings none,pooled,4:0,3:1,local]
 
 The hospitals' own cores: clip, sum, rint, discrete Gaussian shares, the server's step, and the study that
 `wardround demo` would write; sums are plain integers, since masks cancel. `4:0` is (n_min, k) of `shared`, `pooled`
@@ -33,9 +33,9 @@ from training import judge, open_sites  # noqa: E402
 
 from services.aggregator.strategy import Scalars, server_step  # noqa: E402
 from services.cli import demo_study  # noqa: E402
-from services.cli.drafts import unwritten_model, views_of, write_initial  # noqa: E402
+from services.cli.drafts import suited_backbone, unwritten_model, write_initial  # noqa: E402
 from services.common.documents.costs import Noise, study_epsilon, training_noise  # noqa: E402
-from services.common.documents.study import BackboneSection, CohortSection, Study  # noqa: E402
+from services.common.documents.study import CohortSection, Study  # noqa: E402
 from services.common.dp.noise import discrete_gaussian, integer_sum  # noqa: E402
 from services.common.secagg.rounding import clip_update  # noqa: E402
 from services.hospital_node.dataset import Dataset  # noqa: E402
@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="linear-head")
     parser.add_argument("--backbone", type=Path)
+    parser.add_argument("--features", help="entry of the backbone registry; default: what suits the model")
+    parser.add_argument("--views", type=int, choices=(1, 2, 4), help="default: what suits the model")
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--epsilons", default="1,3,8")
     parser.add_argument("--settings", default="none,pooled,4:0,3:1,local")
@@ -166,7 +168,9 @@ def main() -> None:
     weights = None
     if args.backbone:
         digest = hashlib.sha256(args.backbone.read_bytes()).hexdigest()
-        weights = BackboneSection(name="efficientnet-lite0", sha256=digest, views=views_of(args.model))
+        weights = suited_backbone(args.model, digest)
+        changes = {"name": args.features or weights.name, "views": args.views or weights.views}
+        weights = weights.model_copy(update=changes)
     classes = demo_study.HAM10000_CLASSES
     wanted = unwritten_model(args.model, args.image_size or tuned.image_size, classes, weights)
     args.state.mkdir(parents=True, exist_ok=True)

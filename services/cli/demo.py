@@ -21,7 +21,7 @@ from rich.table import Table
 from services.cli import demo_study, federation, passport, report, synthetic
 from services.cli.claim import claim_in_words
 from services.cli.data_check import check_folder
-from services.cli.drafts import unwritten_model, views_of, write_initial
+from services.cli.drafts import suited_backbone, unwritten_model, write_initial
 from services.cli.evidence import administration, collect, place, status
 from services.cli.federation import Federation
 from services.cli.live import SiteView, Snapshot, View, snapshot_of
@@ -197,7 +197,7 @@ def _backbone(output: Path, weights: Path, model: str) -> BackboneSection:
     target = output / "backbones" / weights.name
     shutil.copyfile(weights, target)
     digest = hashlib.sha256(target.read_bytes()).hexdigest()
-    return BackboneSection(name="efficientnet-lite0", sha256=digest, views=views_of(model))
+    return suited_backbone(model, digest)
 
 
 def start(laid: Federation) -> Running:

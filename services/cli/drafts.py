@@ -309,6 +309,12 @@ def views_of(architecture: str) -> Literal[1, 4]:
     return 4 if architecture == "centred-head" else 1
 
 
+def suited_backbone(architecture: str, sha256: str) -> BackboneSection:
+    """What of EfficientNet-Lite0 a head was tuned on (docs/results.md). `sha256`: of its weights file, in hex."""
+    name = "efficientnet-lite0-texture" if architecture == "centred-head" else "efficientnet-lite0"
+    return BackboneSection(name=name, sha256=sha256, views=views_of(architecture))
+
+
 def gate_rounds(rounds: int) -> tuple[int, ...]:
     """Up to three, spread over the study; never the first round, whose model nobody has trained yet."""
     return tuple(

@@ -29,7 +29,7 @@ PIXEL_SPREAD = (0.15, 0.15, 0.16)
 
 TURNS = 8  # rotations by quarter turns, each also mirrored
 
-_EXTRACT_BATCH = 32
+_EXTRACT_BATCH = 8  # more images at once no longer fit a core's cache between two layers
 _log = logging.getLogger(__name__)
 
 
@@ -159,7 +159,7 @@ def unit_features(network: nn.Module, images: Tensor, views: int) -> Tensor:
 
 def feature_cache(dataset: Dataset, section: BackboneSection) -> list[Path]:
     """Where each image's features lie under the state folder: by backbone, views, size and the image's digest."""
-    cache = dataset.state / "features" / f"{section.sha256}-{dataset.image_size}-{section.views}"
+    cache = dataset.state / "features" / f"{section.name}-{section.sha256}-{dataset.image_size}-{section.views}"
     return [cache / f"{dataset.image_digest(image).hex()}.f32" for image in range(len(dataset))]
 
 

@@ -59,6 +59,8 @@ def test_each_image_is_computed_once(
     monkeypatch.setattr(inputs, "load_backbone", lambda *args: loads.append(1) or load(*args))
     assert np.array_equal(cached_features(site, section, CPU, folder), first)
     assert not loads  # nor is the weights file needed any more
+    other = cached_features(site, section.model_copy(update={"name": "efficientnet-lite0-texture"}), CPU, folder)
+    assert other.shape == (len(site), 744)  # another view of the same weights file has its own place
 
 
 @pytest.mark.parametrize(("views", "axes"), [(2, [3]), (4, [2]), (4, [3])])
@@ -142,7 +144,7 @@ def test_a_damaged_or_foreign_feature_is_computed_again(site: Dataset, backbones
     section = head_study(digest).model.backbone
     assert section is not None
     first = cached_features(site, section, CPU, folder)
-    cache = site.state / "features" / f"{digest}-{SIZE}-1"
+    cache = site.state / "features" / f"efficientnet-lite0-{digest}-{SIZE}-1"
     files = sorted(cache.glob("*.f32"))
     assert len(files) == len(site)
     files[0].write_bytes(bytes(4 * 1280 + 32))

@@ -20,7 +20,6 @@ from services.cli.__main__ import main
 from services.common.documents.study import BackboneSection, ModelSection
 from services.common.dp.clip import Clip
 from services.common.errors import Reason, ServiceError
-from services.hospital_node import backbones
 from services.hospital_node.architectures import (
     CENTRE_STEP,
     HEADS,
@@ -30,7 +29,6 @@ from services.hospital_node.architectures import (
     import_torchvision,
     stored_name,
 )
-from services.hospital_node.backbones import EfficientNetLite0, load_backbone
 from services.hospital_node.clipping import clipped_sum
 from services.hospital_node.models import (
     converted_vector,
@@ -290,65 +288,6 @@ def test_torchvision_comes_up_in_a_fresh_process() -> None:
         "from services.hospital_node.architectures import import_torchvision as t; t(); t(); import torchvision.models"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], env=os.environ)
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> tuple[Path, str]:
-    """Drawn weights in the published file's form, classifier included."""
-    torch.manual_seed(0)
-    state = EfficientNetLite0().state_dict() | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
-    path = tmp_path / "backbones" / "any-name.pth"
-    path.parent.mkdir()
-    torch.save(state, path)
-    return path.parent, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_backbone_is_found_by_digest_and_frozen(weights: tuple[Path, str]) -> None:
-    folder, digest = weights
-    network = load_backbone(BackboneSection(name="efficientnet-lite0", sha256=digest), folder)
-    assert not network.training
-    assert not any(p.requires_grad for p in network.parameters())
-    images = torch.rand(3, 3, 50, 50, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(network(images)[:1], network(images[:1]), rtol=1e-3, atol=1e-5)
-        assert network(images).shape == (3, 1280)
-
-
-def test_backbone_with_other_bytes_is_refused(weights: tuple[Path, str]) -> None:
-    folder, digest = weights
-    with pytest.raises(ServiceError, match="put the study's weights file there") as refused:
-        load_backbone(BackboneSection(name="efficientnet-lite0", sha256="1" * 64), folder)
-    assert refused.value.reason is Reason.NOT_FOUND
-    with pytest.raises(ServiceError, match="not installed here"):
-        load_backbone(BackboneSection(name="magic", sha256=digest), folder)
-    with pytest.raises(ServiceError, match="no file in the backbones folder None"):
-        load_backbone(BackboneSection(name="efficientnet-lite0", sha256=digest), None)
-
-
-class Trap:
-    """A pickle that would run code."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, ("/tmp/wardround-pickle-was-run",))
-
-
-def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "evil.pth"
-    torch.save({"x": Trap()}, path)
-    with pytest.raises(ServiceError, match="no plain tensors"):
-        load_backbone(
-            BackboneSection(name="efficientnet-lite0", sha256=hashlib.sha256(path.read_bytes()).hexdigest()), tmp_path
-        )
-    assert not Path("/tmp/wardround-pickle-was-run").exists()
-
-
-def test_same_padding_is_tensorflows() -> None:
-    """Even side, stride 2, kernel 3: one row and column of zeros, right and below."""
-    conv = backbones._SameConv(1, 1, 3, 2, bias=False)
-    nn.init.ones_(conv.weight)
-    with torch.no_grad():
-        out = conv(torch.ones(1, 1, 4, 4))
-    assert out.tolist() == [[[[9.0, 6.0], [6.0, 4.0]]]]
 
 
 def test_header_is_padded_like_the_librarys_own(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from services.cli.__main__ import app
 from services.cli.temperature import GRID, temperature
 from services.common.documents.study import BackboneSection, ModelSection
 from services.hospital_node.architectures import build
-from services.hospital_node.backbones import EfficientNetLite0
+from services.hospital_node.backbones import BACKBONES, EfficientNetLite0
 from services.hospital_node.inference import export_onnx, export_torchscript, open_classifier, probabilities
 from services.hospital_node.models import layout, size, write_model_file
 from tests.support.pictures import encoded, texture
@@ -114,7 +114,8 @@ def test_onnx_and_torchscript_agree_with_torch(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_is_exported_with_backbone_centre_and_views(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_a_head_is_exported_with_backbone_centre_and_views(tmp_path: Path, name: str) -> None:
     """One network of mirrored views, features, centre and classes: ONNX and TorchScript say what torch says."""
     import torch
 
@@ -122,7 +123,7 @@ def test_a_head_is_exported_with_backbone_centre_and_views(tmp_path: Path) -> No
     torch.manual_seed(3)
     torch.save(EfficientNetLite0().state_dict(), tmp_path / "drawn.pth")
     digest = hashlib.sha256((tmp_path / "drawn.pth").read_bytes()).hexdigest()
-    backbone = BackboneSection(name="efficientnet-lite0", sha256=digest, views=4)
+    backbone = BackboneSection(name=name, sha256=digest, views=4)
     section = ModelSection(
         architecture="centred-head", image_size=64, classes=CLASSES, parameters=1, initial="", backbone=backbone
     )
