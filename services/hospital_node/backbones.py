@@ -134,13 +134,14 @@ class EfficientNetLite0Texture(EfficientNetLite0):
         for stage in _TEXTURED:
             self.register_buffer(f"_usual{stage}", torch.ones(_LITE0[stage][-1]), persistent=False)
 
+    @torch.no_grad()
     def freeze(self) -> None:
         """As above; the norms' γ are kept first."""
-        first = 0
+        first, blocks = 0, list(self._blocks.children())
         for stage, (repeats, *_) in enumerate(_LITE0):
             if stage in _TEXTURED:
-                factors = [block.get_parameter("_bn2.weight") for block in self._blocks[first : first + repeats]]
-                usual = torch.stack(factors).detach().square().sum(0).sqrt()
+                squares = [block.get_parameter("_bn2.weight").square() for block in blocks[first : first + repeats]]
+                usual = torch.stack(squares).sum(0).sqrt()
                 self.get_buffer(f"_usual{stage}").copy_(usual.clamp_min(_LEAST_USUAL))
             first += repeats
         super().freeze()
