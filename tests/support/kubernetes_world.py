@@ -171,6 +171,9 @@ class World:
             "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "64Mi"}}},
         }
         space.apply(claim)
+        # A scheduler that sees the first pod of a fresh cluster before its volume has looked again after five minutes.
+        bound = "--for=jsonpath={.status.phase}=Bound"
+        run("kubectl", "-n", space.name, "wait", bound, "pvc/images", "--timeout=20s", check=False)
         volume = {"name": "images", "persistentVolumeClaim": {"claimName": "images"}}
         space.apply(plain_pod("fill", image, mounts={"/data": volume}))
         space.kubectl("wait", "--for=condition=Ready", "pod/fill", "--timeout=300s")
