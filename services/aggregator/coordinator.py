@@ -94,7 +94,7 @@ class Coordinator:
         self._held_of = b""  # the M that `_held` is about
         self._watchers: dict[object, Callable[[Snapshot], None]] = {}
         self._snapshot = self._look()
-        self._tallying: Future[None] | None = None
+        self._tallied = b""  # the M whose tally was begun last: once for each
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="conclude")
         self._thread = threading.Thread(target=self._loop, name="coordinator", daemon=True)
 
@@ -250,8 +250,9 @@ class Coordinator:
         if run.state.phase is Phase.TRAINING and at >= run.state.train_until:
             proposed = run.propose(self.committee.live(), at)
             return () if proposed is None else decide(run.state, run.rules, proposed)
-        if run.state.phase is Phase.VERIFIED and self._tallying is None and self._all_held(run.state):
-            self._tallying = self._pool.submit(self._conclude, run.state)
+        if run.state.phase is Phase.VERIFIED and self._tallied != run.state.M and self._all_held(run.state):
+            self._tallied = run.state.M
+            self._pool.submit(self._conclude, run.state)
         return ()
 
     def _all_held(self, state: State) -> bool:
@@ -266,12 +267,12 @@ class Coordinator:
         try:
             with metrics.UNMASK_SECONDS.time():
                 fact = self.run.conclude(state, self.now())
-            self._tallying = None
             self.tell(fact)
-        except ServiceError as error:
-            _log.error("the round could not be concluded yet: %s", error.detail)
+        except Exception as error:  # a failing disk, or a fault of ours: tried again
+            _log.error("the round could not be concluded yet: %s", error, exc_info=not isinstance(error, ServiceError))
             threading.Event().wait(_FAULT_SECONDS)
-            self._tallying = None
+            if self._tallied == state.M:
+                self._tallied = b""
             self.poke()
 
     def _publish(self) -> int | None:

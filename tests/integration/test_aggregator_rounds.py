@@ -1,10 +1,15 @@
 """Whole rounds of the real aggregator over real mTLS, with fake pods and hospitals that do the real cryptography."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from services.aggregator import facts as f
+from services.aggregator.coordinator import Coordinator
 from services.common.rpc.signed import from_wire
 from services.common.secagg.blob import decode
 from services.common.secagg.certificate import ResultLink, check_certificate, check_manifest, check_result_chain
@@ -42,6 +47,32 @@ def test_three_rounds_give_the_plain_average_and_an_unbroken_chain(tmp_path: Pat
             assert [member.hospital for member in cohort.members] == list(NAMES)
             assert b'"verify":"one"' in decode(Result, from_wire(link.result).blob).released
         until(lambda: not list((tmp_path / "state" / "vectors").iterdir()), why="the vectors are scrubbed")
+
+
+def test_a_tally_that_is_over_before_the_coordinator_looks_up_holds_no_round_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine its thread may have told the result before the one that began it runs on."""
+    told = threading.Event()
+    submit, tell = ThreadPoolExecutor.submit, Coordinator.tell
+
+    def late(pool: ThreadPoolExecutor, work: Any, *of: Any, **more: Any) -> Any:
+        told.clear()
+        future = submit(pool, work, *of, **more)
+        if getattr(work, "__name__", "") == "_conclude":
+            assert told.wait(60)
+        return future
+
+    def telling(coordinator: Coordinator, *facts: Any) -> None:
+        if any(isinstance(fact, f.Concluded) for fact in facts):
+            told.set()
+        tell(coordinator, *facts)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", late)
+    monkeypatch.setattr(Coordinator, "tell", telling)
+    with federation(tmp_path, rounds=2) as whole:
+        whole.join(*NAMES)
+        whole.hospitals["alice"].wait_for(over(2))
 
 
 def test_a_hospital_that_never_comes_is_simply_not_in_the_cohort(tmp_path: Path) -> None:
