@@ -98,6 +98,8 @@ class RoundCoordination(round_pb2_grpc.RoundCoordinationServiceServicer):
         last: list[bytes] = []
 
         def told(snapshot: Snapshot) -> None:
+            if last and snapshot.state.phase not in _PHASES and caller.id in snapshot.state.submissions:
+                return  # whose update is here is asked for nothing before the round or the attempt is over
             if self._shown is None or self._shown[0] is not snapshot:  # one for all watchers
                 viewed = view(snapshot, self._size)
                 self._shown = snapshot, viewed, viewed.SerializeToString()

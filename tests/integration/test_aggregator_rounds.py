@@ -83,6 +83,20 @@ def test_a_hospital_that_never_comes_is_simply_not_in_the_cohort(tmp_path: Path)
         assert np.array_equal(vector_of(whole.hospitals["bob"].fetch_model(whole.state.model)), model)
 
 
+def test_whose_update_is_here_is_told_nothing_before_the_round_is_over(tmp_path: Path) -> None:
+    """Who is late hears that it is too late; nobody else has anything to do."""
+    with federation(tmp_path, rounds=1, study={"timing": {"submit_seconds": 1.5}}) as whole:
+        hold = threading.Event()
+        for pod in whole.pods.values():
+            pod.hold["lock"] = hold
+        whole.join("dave", auto=False)
+        whole.join("alice", "bob", "carol")
+        whole.hospitals["dave"].wait_for(lambda now: now.phase == round_pb2.ROUND_PHASE_CLOSING)
+        hold.set()
+        whole.hospitals["alice"].wait_for(over(1))
+        assert round_pb2.ROUND_PHASE_CLOSING not in {now.phase for now in whole.hospitals["alice"].seen}
+
+
 @pytest.mark.parametrize(("pods", "threshold", "quorum"), [(3, 3, 3), (5, 3, 4)])
 def test_other_committees(tmp_path: Path, pods: int, threshold: int, quorum: int) -> None:
     with federation(tmp_path, rounds=1, pods=pods, threshold=threshold, quorum=quorum) as whole:
