@@ -51,6 +51,7 @@ def recorded(folder: Path, minutes: float = 20, tell: Callable[[str], None] = la
     """Run the study in `folder` (empty or new) to its end. Raises UNREACHABLE when it does not end in time."""
     data = {name: folder / "data" / name for name in HOSPITALS}
     synthetic.write_sites(folder / "data", HOSPITALS)
+    demo.check_drawn(data)
     laid = demo.lay_out(
         folder,
         data,

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -323,14 +324,19 @@ def _claim_folder(output: Path) -> None:
     (output / _MARKER).write_text(json.dumps({"made_by": "wardround demo"}) + "\n")
 
 
+def check_drawn(folders: Mapping[str, Path]) -> None:
+    """Look through drawn images, as the demo's study requires of every site (`data.require_check`)."""
+    for folder in folders.values():
+        replace_file(folder / RECORD, [check_folder(folder, synthetic.CLASSES).record().encode()])
+
+
 def _data(output: Path, data: Path | None, hospitals: int) -> dict[str, Path]:
     """Data folders by hospital id; `_` in a folder's name becomes `-` in the id."""
     if data is None:
         names = _NAMES[:hospitals]
         synthetic.write_sites(output / "data", names)
         folders = {name: output / "data" / name for name in names}
-        for folder in folders.values():  # what the demo's study requires of every site (data.require_check)
-            replace_file(folder / RECORD, [check_folder(folder, synthetic.CLASSES).record().encode()])
+        check_drawn(folders)
         return folders
     if not data.is_dir():
         raise ServiceError(Reason.NOT_FOUND, f"{data} is not a folder: give one that holds a folder for each site")

@@ -7,7 +7,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from services.cli import demo, synthetic
-from services.cli.__main__ import main
 from services.cli.evidence import administration, status
 from services.cli.federation import Federation, Site
 from services.cli.processes import stop_all
@@ -79,8 +78,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[demo.Ru
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     synthetic.write_sites(Path("data"), HOSPITALS, patients=40, image_size=12)
     folders = {name: Path("data") / name for name in HOSPITALS}
-    for folder in folders.values():  # what the demo's study requires of every site
-        assert main(["data", "check", str(folder), "--classes", ",".join(synthetic.CLASSES)]) == 0
+    demo.check_drawn(folders)
     laid = demo.lay_out(
         Path("run"), folders, 4, 2, "small-cnn", "local", 60, 50.0, 12, None, synthetic_data=True, quick_deadline=True
     )
