@@ -97,8 +97,7 @@ def test_an_amendment_takes_force_while_rounds_go_on_and_a_hospital_that_was_awa
     with administration(laid, laid.aggregator, running.address) as centre:
 
         def now() -> admin_pb2.Status:
-            found = status(centre)
-            assert found is not None
+            found: admin_pb2.Status = until(lambda: status(centre), 60, "the aggregator should answer")
             return found
 
         def in_force() -> bytes:
