@@ -6,6 +6,7 @@ Sixteen training rounds under `shared` noise and the final evaluation of `wardro
 - another hospital's data set has too little ε for all rounds: it refuses the later ones.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,10 +119,14 @@ def _play(running: demo.Running, until: float, tell: Callable[[str], None]) -> f
                 began = time.time() - 5
             if now.finished:
                 return began
+            # A round may be over between two looks: while one hospital stands still, its collecting lasts.
+            if now.round == 2 and once(f"{ABSENT} stands still in round 2"):
+                _signal(running, ABSENT, signal.SIGSTOP)
             if (now.round, now.phase) == (2, "collecting") and once(f"{' and '.join(pods)} restart in round 2"):
                 for name in pods:
                     running.services[name].kill()
                     running.services[name].start()
+                _signal(running, ABSENT, signal.SIGCONT)
             if now.round == 3 and once(f"{ABSENT} is killed in round 3"):
                 running.services[ABSENT].kill()
                 dead = {ABSENT}
@@ -130,3 +135,9 @@ def _play(running: demo.Running, until: float, tell: Callable[[str], None]) -> f
                 dead = set()
             time.sleep(0.2)  # the rhythm of looking; what happens depends on the state alone
     raise ServiceError(Reason.UNREACHABLE, f"the study did not end in time: see {running.federation.root / 'logs'}")
+
+
+def _signal(running: demo.Running, site: str, number: signal.Signals) -> None:
+    process = running.services[site].process
+    assert process is not None  # noqa: S101  # it was started
+    process.send_signal(number)
