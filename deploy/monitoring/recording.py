@@ -1,7 +1,8 @@
 """A whole federation of real processes under a real Prometheus, with something of everything that dashboards show.
 
 Sixteen training rounds under `shared` noise and the final evaluation of `wardround demo`, in which
-- two pods restart while round 2 collects: more than the committee bears, so the attempt is abandoned and repeated;
+- two pods restart while round 2 collects, which a hospital that stands still holds open: more than the committee bears,
+  so the attempt is abandoned and repeated;
 - a hospital is killed in round 3 and comes back in round 4;
 - another hospital's data set has too little ε for all rounds: it refuses the later ones.
 """

@@ -18,14 +18,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def aggregator(world: World) -> Iterator[FakeAggregator]:
-    fake = FakeAggregator(world)
-    fake.start()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
 def site(world: World, aggregator: FakeAggregator, tmp_path: Path) -> Iterator[Site]:
     made = Site(world, aggregator, tmp_path / "alice", aggregator.address)
     yield made

@@ -3,7 +3,6 @@
 import logging
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,6 @@ FOLDER = Path(__file__).parents[2] / "services" / "hospital_node"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"), D)
-
-
-@pytest.fixture
-def aggregator(world: World) -> Iterator[FakeAggregator]:
-    fake = FakeAggregator(world)
-    fake.start()
-    yield fake
-    fake.stop()
 
 
 class Loop:
