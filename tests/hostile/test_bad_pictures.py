@@ -19,6 +19,7 @@ from services.cli.data_import import import_folder
 from services.common.errors import Reason, ServiceError
 from services.hospital_node.dataset import decode_image, load_dataset
 from tests.support.pictures import bomb, dicom, encoded, sixteen_bits, texture, ward
+from tests.support.sites import fixed_split
 from tests.support.small_disk import mounted
 
 NOBODY = 65534
@@ -206,6 +207,7 @@ def test_the_node_refuses_a_table_that_it_cannot_read_in_one_sentence(tmp_path: 
 def test_the_node_reads_a_table_with_a_byte_order_mark(tmp_path: Path) -> None:
     folder = ward(tmp_path / "ward")
     table = folder / "metadata.csv"
-    plain = load_dataset(folder, ("mel", "nv"), 28, tmp_path / "state").paths
+    state = fixed_split(tmp_path / "state")
+    plain = load_dataset(folder, ("mel", "nv"), 28, state).paths
     table.write_text("\ufeff" + table.read_text(), encoding="utf-8")
-    assert load_dataset(folder, ("mel", "nv"), 28, tmp_path / "state").paths == plain
+    assert load_dataset(folder, ("mel", "nv"), 28, state).paths == plain

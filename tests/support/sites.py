@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from services.common.documents.study import Study
-from services.hospital_node.dataset import Dataset, load_dataset
+from services.hospital_node.dataset import SPLIT_KEY, Dataset, load_dataset
 
 CLASSES = ("dark", "light")
 SIZE = 12
@@ -29,6 +29,13 @@ def write_image(path: Path, value: int, size: int = SIZE, seed: int = 0) -> None
     pixels = np.random.default_rng(seed).integers(90, 110, (size, size, 3), dtype=np.uint8)
     pixels[size // 4 : -size // 4, size // 4 : -size // 4] = value
     Image.fromarray(pixels).save(path)
+
+
+def fixed_split(state: Path) -> Path:
+    """`state` with a key of the split that is always the same: a drawn one may leave a tiny site nobody to train on."""
+    state.mkdir()
+    (state / SPLIT_KEY).write_bytes(bytes(32))
+    return state
 
 
 def small_site(folder: Path, state: Path, patients: int = 24, extra_image_every: int = 5) -> Dataset:

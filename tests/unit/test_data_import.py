@@ -18,6 +18,7 @@ from services.cli.data_import import import_folder, import_ham10000
 from services.common.errors import Reason, ServiceError
 from services.hospital_node.dataset import load_dataset
 from tests.support.pictures import dicom, encoded, sixteen_bits, texture
+from tests.support.sites import fixed_split
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,7 +51,7 @@ def test_a_folder_for_each_class_becomes_a_site_that_loads(pictures: Path, tmp_p
     ]  # fmt: skip
     assert (tmp_path / "ward" / rows[0]["path"]).read_bytes() == before["mel/P1_a.jpg"]  # copied byte for byte
     assert check_folder(tmp_path / "ward").passed
-    dataset = load_dataset(tmp_path / "ward", ("mel", "nv"), 32, tmp_path / "state")
+    dataset = load_dataset(tmp_path / "ward", ("mel", "nv"), 32, fixed_split(tmp_path / "state"))
     assert (len(dataset), dataset.unit) == (4, "patient")
 
 

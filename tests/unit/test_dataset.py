@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from services.common.errors import Reason, ServiceError
-from services.hospital_node.dataset import SPLIT_KEY, SPLITS, decode_image, load_dataset
-from tests.support.sites import CLASSES, COLUMNS, SIZE, small_site, write_image, write_table
+from services.hospital_node.dataset import SPLITS, decode_image, load_dataset
+from tests.support.sites import CLASSES, COLUMNS, SIZE, fixed_split, small_site, write_image, write_table
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def folder(tmp_path: Path) -> Path:
     site = tmp_path / "site"
     for name in ("a", "b", "c", "e"):
         write_image(site / "images" / f"{name}.png", 50)
+    fixed_split(tmp_path / "state")
     return site
 
 
@@ -59,7 +60,7 @@ def test_patients_are_the_unit_and_keep_their_images_together(folder: Path) -> N
 
 def test_split_is_fixed_by_the_sites_key_and_not_by_the_files_order(folder: Path) -> None:
     many(folder, 200)
-    state = folder.parent / "state"
+    state = folder.parent / "one-sites-state"
     first = load_dataset(folder, CLASSES, SIZE, state)
     assert (state / "split.key").stat().st_mode & 0o077 == 0
     rows = list(csv.reader((folder / "metadata.csv").open()))
@@ -89,8 +90,6 @@ def test_lesion_stands_in_for_patient_and_image_for_lesion_with_a_warning(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(folder, GOOD, ("image_id", "path", "lesion_id", "dx"))
-    (folder.parent / "state").mkdir()
-    (folder.parent / "state" / SPLIT_KEY).write_bytes(bytes(32))  # a drawn one leaves no lesion to train on at times
     lesions = load_dataset(folder, CLASSES, SIZE, folder.parent / "state")
     assert lesions.unit == "lesion"
     assert sum(len(lesions.fold(s)) for s in SPLITS) == 2
@@ -109,10 +108,7 @@ def test_a_patient_votes_with_the_images_of_its_commonest_class(folder: Path) ->
         ("c", "images/c.png", "p1", "light"),
     ]
     write_table(folder, [(*row, "train") for row in rows], (*COLUMNS, "fold"))
-    state = folder.parent / "s"
-    state.mkdir()
-    (state / "split.key").write_bytes(bytes(32))  # a fresh one sends the only patient to validation one time in ten
-    fold = load_dataset(folder, CLASSES, SIZE, state).fold("train")
+    fold = load_dataset(folder, CLASSES, SIZE, folder.parent / "state").fold("train")
     assert fold.images[0].tolist() == [0, 1, 2]
     assert fold.votes[0].tolist() == [1, 2]
     assert fold.labels.tolist() == [1]
@@ -208,7 +204,6 @@ def test_images_are_turned_upright_made_rgb_and_squeezed(tmp_path: Path) -> None
 def test_a_damaged_split_key_is_refused(folder: Path) -> None:
     write_table(folder, GOOD)
     state = folder.parent / "state"
-    state.mkdir()
     (state / "split.key").write_bytes(b"short")
     with pytest.raises(ServiceError, match="32 are needed"):
         load_dataset(folder, CLASSES, SIZE, state)
