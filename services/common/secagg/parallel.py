@@ -15,15 +15,23 @@ def in_order(work: Callable[[int], T], numbers: range, workers: int = WORKERS) -
     if workers == 1 or len(numbers) <= 1:
         yield from map(work, numbers)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for number in numbers:
-                waiting.append(pool.submit(work, number))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[Future[T]] = deque()
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(work, number))
+            if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:  # the taker left early
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except GeneratorExit:
+        # The taker left early. Perhaps the garbage collector says so, inside any thread: one that works here, or one
+        # that just starts and holds a lock which ending a thread needs. So nothing is waited for; a pool that nobody
+        # holds ends its threads by itself.
+        for future in waiting:
+            future.cancel()
+        raise
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
