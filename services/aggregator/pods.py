@@ -1,10 +1,14 @@
-"""What key-share pods call: the Watch stream, the offer, and one answer for each order (protocol.md §4, P-11).
+"""What key-share pods call: Watch, on which orders go down and answers come up, and the offer (protocol.md §4, P-11).
 
 An answer is matched to its command, verified here (signature, M, cohort, piece), then told to the coordinator. One
 that does not hold counts as a refusal of that order, so the pod is not waited for.
 """
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import grpc
@@ -13,7 +17,8 @@ from services.aggregator import facts as f
 from services.aggregator import metrics
 from services.aggregator.coordinator import Coordinator, Snapshot
 from services.aggregator.orders import Key
-from services.aggregator.round import Answer, Phase, State, subject
+from services.aggregator.round import Answer as RoundAnswer
+from services.aggregator.round import Phase, State, subject
 from services.aggregator.store import Store
 from services.aggregator.vectors import PieceFile
 from services.common.errors import Reason, ServiceError
@@ -40,7 +45,23 @@ from services.common.secagg.ring import chunk_lengths
 from services.common.secagg.signing import open_signed
 from wardround.keyshare.v1 import keyshare_pb2, keyshare_pb2_grpc
 
+_log = logging.getLogger(__name__)
 _OFFER_PHASES = (Phase.OFFERING, Phase.LOCKING, Phase.RELEASING, Phase.VERIFIED)
+_ANSWERS = {
+    "commit": "commitment",
+    "endorse": "endorsement",
+    "offer": "accepted",
+    "lock": "lock",
+    "abandon": "abandon",
+    "close": "closed",
+    "nonce": "nonce",
+    "mark": "mark",
+    "deliver": "live",
+}
+"""What answers an order of each kind; one for a release or for digests has several parts."""
+_MOST_REFUSED = 4096  # hospitals that one answer may leave out
+
+Answers = Iterator[keyshare_pb2.Answer]
 
 
 class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
@@ -54,13 +75,17 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         self._identity = identity
 
     def Watch(  # noqa: N802, D102  # gRPC's names
-        self, request: keyshare_pb2.WatchRequest, context: grpc.ServicerContext
+        self, request_iterator: Iterator[keyshare_pb2.WatchRequest], context: grpc.ServicerContext
     ) -> Iterator[keyshare_pb2.WatchResponse]:
-        pod = peer(context).id
-        if not 1 <= len(request.boot) <= 64:
-            raise ServiceError(Reason.MALFORMED, "boot must be 1 to 64 bytes, drawn at the pod's start")
+        pod, first = peer(context).id, next(request_iterator, keyshare_pb2.WatchRequest())
+        if not 1 <= len(first.hello.boot) <= 64:
+            raise ServiceError(Reason.MALFORMED, "a pod begins with hello; boot is 1 to 64 bytes, drawn at its start")
         feed = Feed[keyshare_pb2.WatchResponse](context)
-        self._committee.join(pod, feed, request.boot, request.live, tuple(request.charters[:4]))
+        self._committee.join(pod, feed, first.hello.boot, first.hello.live, tuple(first.hello.charters[:4]))
+        listener = threading.Thread(
+            target=self._listen, args=(pod, request_iterator, feed), daemon=True, name="answers"
+        )
+        listener.start()
         try:
             yield from feed
         finally:
@@ -78,127 +103,96 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
             raise ServiceError(Reason.NOT_PERMITTED, f"{pod} is not in this manifest: wait for the next attempt")
         yield from snapshot.run.offered(state, pod)
 
-    def Commit(  # noqa: N802, D102
-        self, request: keyshare_pb2.CommitRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.CommitResponse:
-        self._answer(request, context, ("commit",), request.commitment, self._commitment)
-        return keyshare_pb2.CommitResponse()
-
-    def Endorse(  # noqa: N802, D102
-        self, request: keyshare_pb2.EndorseRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.EndorseResponse:
-        self._answer(request, context, ("endorse",), request.endorsement, self._endorsement)
-        return keyshare_pb2.EndorseResponse()
-
-    def Accept(  # noqa: N802, D102
-        self, request: keyshare_pb2.AcceptRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.AcceptResponse:
-        refused = tuple((refusal.hospital[:63], refusal.reason[:32]) for refusal in request.refused[:4096])
-
-        def listed(snapshot: Snapshot, pod: str, signed: Signed, at: int) -> f.Fact:
-            message = _open(AcceptList, "accept", signed, snapshot, pod)
-            pairs = tuple((entry.hospital, entry.header) for entry in message.accepted)
-            return f.Listed(at, pod, signed, pairs, refused)
-
-        self._answer(request, context, ("offer",), request.accept_list, listed)
-        return keyshare_pb2.AcceptResponse()
-
-    def Lock(  # noqa: N802, D102
-        self, request: keyshare_pb2.LockRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.LockResponse:
-        self._answer(request, context, ("lock",), request.lock, self._lock)
-        return keyshare_pb2.LockResponse()
-
-    def Abandon(  # noqa: N802, D102
-        self, request: keyshare_pb2.AbandonRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.AbandonResponse:
-        self._answer(request, context, ("abandon",), request.abandon, self._abandon)
-        return keyshare_pb2.AbandonResponse()
-
-    def Digest(  # noqa: N802, D102
-        self, request: keyshare_pb2.DigestRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.DigestResponse:
-        pod, command = peer(context).id, request.command
-        key = self._key(pod, command, ("digest",))
-        if request.HasField("refusal"):
-            self._refused(pod, command, request.refusal)
-            return keyshare_pb2.DigestResponse()
-        with self._holding(pod, command):
-            snapshot = self._current(key)
-            claims = [self._claim(snapshot, pod, from_wire(wire), released=False) for wire in request.piece_sums[:64]]
-            self._tell_claims(snapshot, claims)
-        return keyshare_pb2.DigestResponse()
-
-    def Release(  # noqa: N802, D102
-        self, request_iterator: Iterator[keyshare_pb2.ReleaseRequest], context: grpc.ServicerContext
-    ) -> keyshare_pb2.ReleaseResponse:
-        pod = peer(context).id
-        first = next(request_iterator, None)
-        if first is None:
-            raise ServiceError(Reason.MALFORMED, "a release begins with its command number")
-        key = self._key(pod, first.command, ("release",))
-        with self._holding(pod, first.command):
-            self._release(pod, first.command, self._current(key), self._after(first, request_iterator))
-        return keyshare_pb2.ReleaseResponse()
-
-    def HighWater(  # noqa: N802, D102
-        self, request: keyshare_pb2.HighWaterRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.HighWaterResponse:
-        pod, command = peer(context).id, request.command
-        key = self._key(pod, command, ("nonce", "mark", "deliver"))
-        answer = request.WhichOneof("answer")
-        if answer == "refusal":
-            self._refused(pod, command, request.refusal)
-        elif (key[0], answer) == ("nonce", "nonce") and len(request.nonce) == 32:
-            self._committee.took_nonce(pod, request.nonce)
-        elif (key[0], answer) == ("mark", "mark"):
-            with self._holding(pod, command):
-                self._mark(pod, key, from_wire(request.mark))
-        elif (key[0], answer) == ("deliver", "live") and request.live:
-            self._committee.took_live(pod, self._coordinator.now())
-        else:
-            raise ServiceError(Reason.MALFORMED, f"this is no answer to {key[0]}")
-        return keyshare_pb2.HighWaterResponse()
-
-    def Close(  # noqa: N802, D102
-        self, request: keyshare_pb2.CloseRequest, context: grpc.ServicerContext
-    ) -> keyshare_pb2.CloseResponse:
-        pod = peer(context).id
-        self._key(pod, request.command, ("close",))
-        if request.HasField("refusal"):
-            self._refused(pod, request.command, request.refusal)
-        return keyshare_pb2.CloseResponse()
-
     def Greet(  # noqa: N802, D102
         self, request: keyshare_pb2.GreetRequest, context: grpc.ServicerContext
     ) -> keyshare_pb2.GreetResponse:
         held = self._coordinator.snapshot.run.charters().values()
         return keyshare_pb2.GreetResponse(time_ms=self._coordinator.now(), charters=held)
 
-    def _answer(
-        self,
-        request: Any,
-        context: grpc.ServicerContext,
-        kinds: tuple[str, ...],
-        wire: Any,
-        read: Callable[[Snapshot, str, Signed, int], f.Fact],
+    def _listen(
+        self, pod: str, requests: Iterator[keyshare_pb2.WatchRequest], feed: Feed[keyshare_pb2.WatchResponse]
     ) -> None:
-        """One signed answer: match, verify, tell. Raises what the coordinator says, or why it does not hold."""
-        pod, command = peer(context).id, request.command
-        key = self._key(pod, command, kinds)
-        if request.WhichOneof("answer") == "refusal":
-            self._refused(pod, command, request.refusal)
-            return
-        with self._holding(pod, command):
-            snapshot = self._current(key)
-            fact = read(snapshot, pod, from_wire(wire), self._coordinator.now())
-            self._coordinator.tell(Answer(subject(snapshot.state), fact))
+        """Take the pod's answers, one after another, until its stream ends; bytes that are no answer end it."""
+        try:
+            answers = map(_answer, requests)
+            for answer in answers:
+                self._take(pod, answer, answers)
+        except ServiceError as error:
+            feed.fail(error)
+        except grpc.RpcError:
+            pass  # the pod hung up
+        except Exception:
+            _log.exception("an answer of %s could not be taken", pod)
+            feed.fail(ServiceError(Reason.INTERNAL, "internal error"))
+        finally:
+            feed.close()
 
-    def _key(self, pod: str, command: int, kinds: tuple[str, ...]) -> Key:
-        key = self._committee.asked(pod, command)
-        if key[0] not in kinds:
-            raise ServiceError(Reason.MALFORMED, f"command {command} asked {key[0]}, not {kinds[0]}")
-        return key
+    def _take(self, pod: str, first: keyshare_pb2.Answer, more: Answers) -> None:
+        """One answer, whole: match, verify, tell. What does not hold is a refusal of its order.
+
+        One that we could not store is a passing refusal: it is asked for again.
+        """
+        parts = _parts(first, more)
+        try:
+            key = self._committee.asked(pod, first.command)
+            try:
+                self._judge(pod, key, parts)
+            except _Refused as said:
+                self._committee.refuse(pod, first.command, said.reason, said.detail, self._coordinator.now())
+            except ServiceError as error:
+                if error.reason is Reason.WRONG_PHASE:
+                    raise
+                self._committee.refuse(pod, first.command, error.reason, error.detail, self._coordinator.now())
+        except ServiceError as error:
+            _log.info("an answer of %s is let go: %s", pod, error.detail)
+        with suppress(_Refused):
+            for _ in parts:
+                pass  # the rest of an answer that did not hold
+
+    def _judge(self, pod: str, key: Key, parts: Answers) -> None:
+        if key[0] in ("release", "digest"):
+            self._release(pod, self._current(key), parts)
+            return
+        answer = next(parts)
+        kind = answer.WhichOneof("answer")
+        if kind != _ANSWERS[key[0]]:
+            raise ServiceError(Reason.MALFORMED, f"{kind} is no answer to {key[0]}")
+        match kind:
+            case "closed":
+                return
+            case "nonce" if len(answer.nonce) == 32:
+                self._committee.took_nonce(pod, answer.nonce)
+            case "mark":
+                self._mark(pod, key, from_wire(answer.mark))
+            case "live" if answer.live:
+                self._committee.took_live(pod, self._coordinator.now())
+            case "nonce" | "live":
+                raise ServiceError(Reason.MALFORMED, f"this {kind} is no answer to {key[0]}")
+            case _:
+                snapshot = self._current(key)
+                fact = self._fact(kind, snapshot, pod, answer)
+                self._coordinator.tell(RoundAnswer(subject(snapshot.state), fact))
+
+    def _fact(self, kind: str, snapshot: Snapshot, pod: str, answer: keyshare_pb2.Answer) -> f.Fact:
+        """What a signed answer of a round says, verified."""
+        at = self._coordinator.now()
+        match kind:
+            case "commitment":
+                return self._commitment(snapshot, pod, from_wire(answer.commitment), at)
+            case "endorsement":
+                signed = from_wire(answer.endorsement)
+                _open(Endorsement, "endorse", signed, snapshot, pod)
+                return f.Endorsed(at, pod, signed)
+            case "accepted":
+                signed, left_out = from_wire(answer.accepted.accept_list), answer.accepted.refused[:_MOST_REFUSED]
+                message = _open(AcceptList, "accept", signed, snapshot, pod)
+                pairs = tuple((entry.hospital, entry.header) for entry in message.accepted)
+                refused = tuple((refusal.hospital[:63], refusal.reason[:32]) for refusal in left_out)
+                return f.Listed(at, pod, signed, pairs, refused)
+            case "lock":
+                return self._lock(snapshot, pod, from_wire(answer.lock), at)
+            case _:
+                return self._abandon(snapshot, pod, from_wire(answer.abandon), at)
 
     def _current(self, key: Key) -> Snapshot:
         """The published state, if the order is still about it. Raises WRONG_PHASE."""
@@ -206,12 +200,6 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         if subject(snapshot.state).hex() != key[1]:
             raise ServiceError(Reason.WRONG_PHASE, f"the attempt that {key[0]} was about is over")
         return snapshot
-
-    def _refused(self, pod: str, command: int, refusal: keyshare_pb2.Refusal) -> None:
-        self._committee.refuse(pod, command, refusal.reason, refusal.detail, self._coordinator.now())
-
-    def _holding(self, pod: str, command: int) -> "_Holding":
-        return _Holding(self, pod, command)
 
     def _commitment(self, snapshot: Snapshot, pod: str, signed: Signed, at: int) -> f.Fact:
         state = snapshot.state
@@ -222,10 +210,6 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         _same(commitment.pod, pod)
         check_commitment(commitment, checked)
         return f.Committed(at, pod, signed)
-
-    def _endorsement(self, snapshot: Snapshot, pod: str, signed: Signed, at: int) -> f.Fact:
-        _open(Endorsement, "endorse", signed, snapshot, pod)
-        return f.Endorsed(at, pod, signed)
 
     def _lock(self, snapshot: Snapshot, pod: str, signed: Signed, at: int) -> f.Fact:
         lock, state = _open(Lock, "lock", signed, snapshot, pod), snapshot.state
@@ -255,32 +239,20 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
 
     def _tell_claims(self, snapshot: Snapshot, claims: list[f.Claimed]) -> None:
         try:
-            self._coordinator.tell(*(Answer(snapshot.state.M, claim) for claim in claims))
+            self._coordinator.tell(*(RoundAnswer(snapshot.state.M, claim) for claim in claims))
         except ServiceError as error:
             if error.reason is Reason.CONFLICT:
                 metrics.POD_FAULTS.labels("two_digests").inc()
             raise
 
-    def _after(
-        self, first: keyshare_pb2.ReleaseRequest, rest: Iterator[keyshare_pb2.ReleaseRequest]
-    ) -> Iterator[keyshare_pb2.ReleaseRequest]:
-        """The parts of a release: the first message may carry one beside the command number."""
-        if first.WhichOneof("answer") is not None:
-            yield first
-        yield from rest
-
-    def _release(
-        self, pod: str, command: int, snapshot: Snapshot, parts: Iterator[keyshare_pb2.ReleaseRequest]
-    ) -> None:
+    def _release(self, pod: str, snapshot: Snapshot, parts: Answers) -> None:
+        """Sums of pieces, each its chunks and then its signed digest; where the digest alone was asked, only that."""
         state, total = snapshot.state, snapshot.run.total_bytes
         pending: tuple[int, PieceFile] | None = None
         claims: list[f.Claimed] = []
         try:
             for part in parts:
                 kind = part.WhichOneof("answer")
-                if kind == "refusal":
-                    self._refused(pod, command, part.refusal)
-                    return
                 if kind == "chunk":
                     if pending is None:
                         _check_asked(state, pod, part.chunk.piece)
@@ -314,24 +286,28 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         self._tell_claims(snapshot, claims)
 
 
-class _Holding:
-    """Inside it, an answer that does not hold counts as a refusal of its order; the pod is told as well.
+def _answer(request: keyshare_pb2.WatchRequest) -> keyshare_pb2.Answer:
+    if request.WhichOneof("part") != "answer":
+        raise ServiceError(Reason.MALFORMED, "only answers follow a pod's hello")
+    return request.answer
 
-    One that we could not store is a passing refusal: it is asked for again.
-    """
 
-    def __init__(self, servicer: KeyShare, pod: str, command: int) -> None:
-        self._servicer = servicer
-        self._pod = pod
-        self._command = command
+def _parts(first: keyshare_pb2.Answer, more: Answers) -> Answers:
+    """The parts of one answer; the command number counts in the first. Raises _Refused where one is a refusal."""
+    for part in chain((first,), more):
+        if part.HasField("refusal"):
+            raise _Refused(part.refusal)
+        yield part
+        if not part.more:
+            return
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ServiceError) and error.reason is not Reason.WRONG_PHASE:
-            refusal = keyshare_pb2.Refusal(reason=error.reason.value, detail=error.detail)
-            self._servicer._refused(self._pod, self._command, refusal)
+class _Refused(Exception):  # noqa: N818  # it is an answer, no error of ours
+    """A pod does not do what it was asked."""
+
+    def __init__(self, refusal: keyshare_pb2.Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.reason, self.detail = refusal.reason, refusal.detail
 
 
 def _open(cls: type[Any], name: str, signed: Signed, snapshot: Snapshot, pod: str) -> Any:

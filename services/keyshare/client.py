@@ -1,18 +1,19 @@
-"""The pod's one connection: takes orders on Watch and answers each with its own call.
+"""The pod's one connection: takes orders on Watch and answers each on the same stream.
 
-Orders are worked off one at a time in the order in which they came. An answer is repeated only while its Watch lives:
+Orders are worked off one at a time in the order in which they came. An answer that its stream did not carry is lost:
 on the next one the aggregator asks again what is still open, and every order is idempotent.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.channel import Caller, Stream, stub
+from services.common.rpc.outbox import Outbox
 from services.common.rpc.signed import from_wire, to_wire
 from services.common.rpc.watch import Watch
 from services.common.secagg.certificate import Ref
@@ -24,10 +25,9 @@ from wardround.keyshare.v1 import keyshare_pb2 as wire
 from wardround.keyshare.v1.keyshare_pb2_grpc import KeyShareServiceStub
 
 _log = logging.getLogger(__name__)
-_ANSWER_SECONDS, _STREAM_SECONDS = 30.0, 3600.0
+_STREAM_SECONDS = 3600.0
 _WHAT = ("manifest", "certificate", "pieces", "first_chunk", "chunks")
 _RELEASE, _DIGEST = attrgetter(*_WHAT, "digests"), attrgetter(*_WHAT, "pieces")  # of such an order
-_RPCS = {"propose": "Commit", "offer": "Accept", "high_water": "HighWater"}  # the others are called like their order
 
 
 class Client:
@@ -38,76 +38,75 @@ class Client:
         self.watch = Watch(self._begin, self._serve, stop, metrics.CONNECTED.set)
 
     def _begin(self) -> Stream[wire.WatchResponse]:
-        hello = wire.WatchRequest(boot=self._pod.state.boot, charters=list(self._pod.rosters), live=self._pod.live)
-        return self._caller.stream(_rpc("Watch"), hello, seconds=_STREAM_SECONDS)
+        hello = wire.Hello(boot=self._pod.state.boot, charters=list(self._pod.rosters), live=self._pod.live)
+        self._outbox = Outbox(wire.WatchRequest(hello=hello))
+        return self._caller.converse(_rpc("Watch"), self._outbox, seconds=_STREAM_SECONDS)
 
     def _serve(self, order: wire.WatchResponse) -> None:
         name = order.WhichOneof("order")
         if name is None:
             _log.warning("an order of a newer version is left unanswered: upgrade this pod")
             return
-        with metrics.SECONDS.labels(name).time():
-            self._answer(name, order)
-
-    def _answer(self, name: str, order: wire.WatchResponse) -> None:
-        rpc = _RPCS.get(name, name.capitalize())
         try:
-            if name == "release":
-                parts = self._released(order.command, order.release)
-                self._caller.upload(_rpc(rpc), parts, seconds=_STREAM_SECONDS)
-                return
-            try:
-                fields = self._work(name, getattr(order, name))
-                metrics.ANSWERS.labels(name, "done").inc()
-            except Exception as error:
-                fields = {"refusal": _refusal(name, error)}
-            answer = getattr(wire, f"{rpc}Request")(command=order.command, **fields)
-            self._caller.unary(_rpc(rpc), answer, seconds=_ANSWER_SECONDS, worth=lambda: self.watch.alive)
+            with metrics.SECONDS.labels(name).time():
+                for fields in self._answers(name, getattr(order, name)):
+                    self._outbox.put(wire.WatchRequest(answer=wire.Answer(command=order.command, **fields)))
         except ServiceError as error:
             _log.warning("the answer to %s did not arrive: %s", name, error.detail)
 
-    def _work(self, name: str, order: Any) -> dict[str, Any]:
+    def _answers(self, name: str, order: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._work(name, order)
+            metrics.ANSWERS.labels(name, "done").inc()
+        except Exception as error:
+            yield {"refusal": _refusal(name, error)}
+
+    def _work(self, name: str, order: Any) -> Iterator[dict[str, Any]]:
         pod = self._pod
         match name:
             case "propose":
-                return {"commitment": to_wire(pod.propose(from_wire(order.proposal), order.abandons))}
+                yield {"commitment": to_wire(pod.propose(from_wire(order.proposal), order.abandons))}
             case "endorse":
-                return {"endorsement": to_wire(pod.endorse(order.manifest))}
+                yield {"endorsement": to_wire(pod.endorse(order.manifest))}
             case "offer":
-                return self._offer(order)
+                yield {"accepted": self._offer(order)}
             case "lock":
-                return {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
+                yield {"lock": to_wire(pod.lock(order.manifest, order.cohort))}
+            case "release":
+                yield from self._sums(order.pieces, pod.release(*_RELEASE(order)))
             case "digest":
-                parts = pod.release(*_DIGEST(order))
-                return {"piece_sums": [to_wire(part) for part in parts if isinstance(part, Signed)]}
+                yield from self._sums(order.pieces, pod.release(*_DIGEST(order)))
             case "abandon":
                 ref = Ref(order.study, order.round, order.attempt)
-                return {"abandon": to_wire(pod.abandon(order.charter, ref, order.manifest))}
+                yield {"abandon": to_wire(pod.abandon(order.charter, ref, order.manifest))}
             case "close":
                 pod.close(from_wire(order.close))
-                return {"closed": True}
+                yield {"closed": True}
+            case "high_water":
+                yield self._high_water(order)
+
+    def _high_water(self, order: wire.HighWaterOrder) -> dict[str, Any]:
         match order.WhichOneof("form"):
             case "mark":
-                return {"mark": to_wire(pod.mark(order.mark.nonce, order.mark.asking))}
+                return {"mark": to_wire(self._pod.mark(order.mark.nonce, order.mark.asking))}
             case "deliver":
-                pod.deliver([from_wire(mark) for mark in order.deliver.marks])
+                self._pod.deliver([from_wire(mark) for mark in order.deliver.marks])
                 return {"live": True}
             case _:
-                return {"nonce": pod.state.boot}
+                return {"nonce": self._pod.state.boot}
 
-    def _released(self, command: int, order: wire.ReleaseOrder) -> Iterator[wire.ReleaseRequest]:
-        try:
-            for part in self._pod.release(*_RELEASE(order)):
-                if isinstance(part, Signed):
-                    yield wire.ReleaseRequest(command=command, piece_sum=to_wire(part))
-                else:
-                    chunk = wire.ReleaseChunk(piece=part[0], index=part[1], data=part[2])
-                    yield wire.ReleaseRequest(command=command, chunk=chunk)
-            metrics.ANSWERS.labels("release", "done").inc()
-        except Exception as error:
-            yield wire.ReleaseRequest(command=command, refusal=_refusal("release", error))
+    def _sums(
+        self, pieces: Sequence[int], parts: Iterator[tuple[int, int, bytes] | Signed]
+    ) -> Iterator[dict[str, Any]]:
+        left = len(pieces)
+        for part in parts:
+            if isinstance(part, Signed):
+                left -= 1
+                yield {"piece_sum": to_wire(part), "more": left > 0}
+            else:
+                yield {"chunk": wire.ReleaseChunk(piece=part[0], index=part[1], data=part[2]), "more": True}
 
-    def _offer(self, order: wire.OfferOrder) -> dict[str, Any]:
+    def _offer(self, order: wire.OfferOrder) -> wire.Accepted:
         request = wire.FetchOfferRequest(manifest=digest("manifest", order.manifest))
 
         def offered() -> Iterator[tuple[Signed, bytes]]:
@@ -123,7 +122,7 @@ class Client:
             refused.append(wire.RefusedHospital(hospital=hospital, reason=reason, detail=detail))
             metrics.REFUSED.labels(reason).inc()
             _log.warning("%s is left out: %s", hospital, why)
-        return {"accept_list": to_wire(accept_list), "refused": refused}
+        return wire.Accepted(accept_list=to_wire(accept_list), refused=refused)
 
 
 def _rpc(name: str) -> Callable[[Any], Any]:

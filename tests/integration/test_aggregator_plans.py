@@ -241,18 +241,16 @@ def test_roles_are_not_confused(tmp_path: Path) -> None:
             whole.world.operator(),
         )
         try:
-            commit = keyshare_pb2.CommitRequest(command=1)
+            greet = keyshare_pb2.GreetRequest()
             status = admin_pb2.GetStatusRequest()
             study = round_pb2.GetStudyRequest(digest=bytes(32))
             for caller, stub, method, request in (
-                (hospital, KeyShareServiceStub, "Commit", commit),
+                (hospital, KeyShareServiceStub, "Greet", greet),
                 (pod, AdministrationServiceStub, "GetStatus", status),
                 (olga, RoundCoordinationServiceStub, "GetStudy", study),
             ):
                 pick = lambda c, stub=stub, method=method: getattr(stub(c), method)  # noqa: E731
                 assert refusal_of(lambda: caller.unary(pick, request, seconds=5)) is Reason.NOT_PERMITTED  # noqa: B023
-            pick = lambda c: KeyShareServiceStub(c).Commit  # noqa: E731
-            assert refusal_of(lambda: pod.unary(pick, commit, seconds=5)) is Reason.NOT_FOUND, "no such command"
             pick = lambda c: RoundCoordinationServiceStub(c).GetStudy  # noqa: E731
             assert refusal_of(lambda: hospital.unary(pick, study, seconds=5)) is Reason.NOT_FOUND
         finally:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,6 @@ from wardround.keyshare.v1 import keyshare_pb2 as wire
 from wardround.keyshare.v1 import keyshare_pb2_grpc
 
 _HOUR = 3_600_000
-ANSWERS = {
-    "Commit": wire.CommitResponse, "Endorse": wire.EndorseResponse, "Accept": wire.AcceptResponse,
-    "Lock": wire.LockResponse, "Digest": wire.DigestResponse, "Abandon": wire.AbandonResponse,
-    "HighWater": wire.HighWaterResponse, "Close": wire.CloseResponse,
-}  # fmt: skip
 
 
 class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
@@ -56,10 +52,10 @@ class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
         self.roster = self.documents.charter.roster
         self.consortium = consortium_of(self.documents)
         self.offers: dict[bytes, list[tuple[Signed, bytes]]] = {}
-        self.lost: set[str] = set()  # RPCs whose answers never arrive
-        self.refused = threading.Event()  # one of them was tried
+        self.lost: set[str] = set()  # kinds of answers that never arrive
+        self.dropped = threading.Event()  # one of them came
         self.taken = False  # another process is this pod already
-        self.hellos: queue.Queue[wire.WatchRequest] = queue.Queue()
+        self.hellos: queue.Queue[wire.Hello] = queue.Queue()
         self._feeds: dict[str, Feed[wire.WatchResponse]] = {}
         self._answers: dict[int, Future[Any]] = {}
         self._number = 0
@@ -96,75 +92,63 @@ class FakeAggregator(keyshare_pb2_grpc.KeyShareServiceServicer):
         return files
 
     def ask(self, pod: str, seconds: float = 90, **order: Any) -> Any:
-        """The pod's answer: the request of its RPC, a list of them for a release."""
+        """The pod's answer; for a release or digests the list of its parts."""
         with self._lock:
             self._number += 1
             number = self._number
         answer: Future[Any] = Future()
         self._answers[number] = answer
         self.send(pod, number, **order)
-        return answer.result(seconds)
+        parts = answer.result(seconds)
+        return parts if {"release", "digest"} & set(order) else parts[0]
 
     def send(self, pod: str, number: int = 0, **order: Any) -> None:
         self._feeds[pod].push(wire.WatchResponse(command=number, **order))
 
-    def wait_for(self, pod: str, seconds: float = 90) -> wire.WatchRequest:
+    def wait_for(self, pod: str, seconds: float = 90) -> wire.Hello:
         """The next Watch of a pod."""
         hello = self.hellos.get(timeout=seconds)
         assert pod in self._feeds
         return hello
 
-    def Watch(self, request: wire.WatchRequest, context: grpc.ServicerContext) -> Iterator[wire.WatchResponse]:
+    def Watch(
+        self, request_iterator: Iterator[wire.WatchRequest], context: grpc.ServicerContext
+    ) -> Iterator[wire.WatchResponse]:
         if self.taken:
             raise ServiceError(Reason.CONFLICT, "another process with this identity is connected: stop one")
+        hello = next(request_iterator).hello
         feed: Feed[wire.WatchResponse] = Feed(context)
         self._feeds[peer(context).id] = feed
-        self.hellos.put(request)
+        threading.Thread(target=self._listen, args=(request_iterator, feed), daemon=True).start()
+        self.hellos.put(hello)
         yield from feed
+
+    def _listen(self, requests: Iterator[wire.WatchRequest], feed: Feed[wire.WatchResponse]) -> None:
+        parts: list[Any] = []
+        with suppress(grpc.RpcError):
+            for request in requests:
+                answer = request.answer
+                kind = answer.WhichOneof("answer")
+                if kind in self.lost:
+                    self.dropped.set()
+                    continue
+                # A chunk is dropped as it comes: the test's own memory is not what is measured.
+                chunk = answer.chunk
+                parts.append(
+                    (chunk.piece, chunk.index, hashlib.sha256(chunk.data).digest()) if kind == "chunk" else answer
+                )
+                if not answer.more:
+                    waiting = self._answers.get(answer.command)
+                    if waiting is not None and not waiting.done():
+                        waiting.set_result(parts)
+                    parts = []
+        feed.close()
 
     def FetchOffer(
         self, request: wire.FetchOfferRequest, context: grpc.ServicerContext
     ) -> Iterator[wire.FetchOfferResponse]:
         for header, box in self.offers[request.manifest]:
             yield wire.FetchOfferResponse(header=to_wire(header), box=box)
-
-    def Release(
-        self, request_iterator: Iterator[wire.ReleaseRequest], context: grpc.ServicerContext
-    ) -> wire.ReleaseResponse:
-        # Chunks are dropped as they come: the test's own memory is not what is measured.
-        kept = []
-        for message in request_iterator:
-            if message.WhichOneof("answer") == "chunk":
-                kept.append(
-                    (
-                        message.command,
-                        message.chunk.piece,
-                        message.chunk.index,
-                        hashlib.sha256(message.chunk.data).digest(),
-                    )
-                )
-            else:
-                kept.append(message)
-        first = kept[0]
-        self._answers[first[0] if isinstance(first, tuple) else first.command].set_result(kept)
-        return wire.ReleaseResponse()
-
-    def _take(self, rpc: str, request: Any) -> Any:
-        if rpc in self.lost:
-            self.refused.set()
-            raise ServiceError(Reason.UNREACHABLE, "lost on the way")
-        answer = self._answers.get(request.command)
-        if answer is not None and not answer.done():
-            answer.set_result(request)
-        return ANSWERS[rpc]()
-
-
-def _answering(rpc: str) -> Any:
-    return lambda self, request, context: self._take(rpc, request)
-
-
-for _rpc in ANSWERS:
-    setattr(FakeAggregator, _rpc, _answering(_rpc))
 
 
 def consortium_of(documents: Documents) -> Consortium:
@@ -211,7 +195,7 @@ class PodProcess:
         self.process = subprocess.Popen(command, stderr=(self.folder / "log").open("a"), text=True)
         return self.process
 
-    def start(self) -> wire.WatchRequest:
+    def start(self) -> wire.Hello:
         """Run until its Watch has arrived."""
         self.spawn()
         return self.aggregator.wait_for(self.id)

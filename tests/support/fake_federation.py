@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from services.aggregator.service import Aggregator
-from tests.support.aggregator_world import World, make_world
+from tests.support.aggregator_world import World, make_world, until
 from tests.support.fake_hospital import FakeHospital
 from tests.support.fake_pod import FakePod
 
@@ -40,6 +40,8 @@ def federation(folder: Path, **options: Any) -> Iterator[Federation]:
     world = make_world(folder, **options)
     whole = Federation(world, world.start())
     try:
+        # A pod that goes live late misses the first round, and a piece may then have too few holders for a majority.
+        until(lambda: len(whole.running.coordinator.snapshot.live) == len(whole.pods), why="every pod is live")
         yield whole
     finally:
         whole.stop()

@@ -6,11 +6,13 @@
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
+from services.common.rpc.outbox import Outbox
 from services.common.rpc.signed import from_wire, to_wire
 from services.common.secagg import masking, sealing
 from services.common.secagg.blob import decode, encode
@@ -92,9 +94,10 @@ class FakePod:
     def _watch(self) -> None:
         while not self._stop.is_set():
             try:
-                request = pb.WatchRequest(boot=self.boot, charters=self.charters, live=self.live)
-                with self._caller.stream(lambda c: KeyShareServiceStub(c).Watch, request, seconds=3600) as stream:
-                    self._stream = stream
+                hello = pb.Hello(boot=self.boot, charters=self.charters, live=self.live)
+                outbox = Outbox(pb.WatchRequest(hello=hello))
+                with self._caller.converse(lambda c: KeyShareServiceStub(c).Watch, outbox, seconds=3600) as stream:
+                    self._outbox, self._stream = outbox, stream
                     for message in stream:
                         self.orders.append(message.WhichOneof("order"))
                         self._queue.put(message)
@@ -110,15 +113,11 @@ class FakePod:
             kind = order.WhichOneof("order")
             if kind in self.hold:
                 self.hold[kind].wait(30)
-            try:
+            with suppress(ServiceError):  # its stream has ended: asked again on the next
                 self._one(kind, order)
-            except ServiceError as error:
-                if error.reason not in (Reason.UNREACHABLE, Reason.NOT_FOUND, Reason.WRONG_PHASE):
-                    self.orders.append(f"told {error.reason.value}: {error.detail}")
 
-    def _call(self, method: str, request: Any) -> Any:
-        pick = lambda c: getattr(KeyShareServiceStub(c), method)  # noqa: E731
-        return self._caller.unary(pick, request, seconds=20, worth=lambda: self._stream.alive)
+    def _say(self, number: int, **answer: Any) -> None:
+        self._outbox.put(pb.WatchRequest(answer=pb.Answer(command=number, **answer)))
 
     def _one(self, kind: str, order: pb.WatchResponse) -> None:
         number = order.command
@@ -129,27 +128,20 @@ class FakePod:
                 raise ServiceError(Reason.NOT_LIVE, "no marks yet")
             getattr(self, f"_{kind}")(number, getattr(order, kind))
         except ServiceError as error:
-            refusal = pb.Refusal(reason=error.reason.value, detail=error.detail)
-            name, cls = _ANSWERS[kind]
-            if kind == "release":
-                request = pb.ReleaseRequest(command=number, refusal=refusal)
-                self._caller.upload(lambda c: KeyShareServiceStub(c).Release, iter([request]), seconds=20)
-            else:
-                self._call(name, cls(command=number, refusal=refusal))
+            self._say(number, refusal=pb.Refusal(reason=error.reason.value, detail=error.detail))
 
     def _high_water(self, number: int, order: pb.HighWaterOrder) -> None:
         form = order.WhichOneof("form")
         if form == "nonce":
-            answer = pb.HighWaterRequest(command=number, nonce=self.boot)
+            self._say(number, nonce=self.boot)
         elif form == "mark":
             mark = HighWaterMark(order.mark.nonce, order.mark.asking, self.id, ())
-            answer = pb.HighWaterRequest(command=number, mark=to_wire(self._identity.sign("highwater", encode(mark))))
+            self._say(number, mark=to_wire(self._identity.sign("highwater", encode(mark))))
         else:
             others = {decode(HighWaterMark, mark.blob).answering for mark in order.deliver.marks}
             assert len(others - {self.id}) >= self.roster.committee.quorum - 1
             self.live = True
-            answer = pb.HighWaterRequest(command=number, live=True)
-        self._call("HighWater", answer)
+            self._say(number, live=True)
 
     def _propose(self, number: int, order: pb.ProposeOrder) -> None:
         signed = from_wire(order.proposal)
@@ -162,7 +154,7 @@ class FakePod:
                 self.roster.suite, public, signer.public,
             )  # fmt: skip
             self._keys[checked.digest] = signer, private, self._identity.sign("commit", encode(commitment))
-        self._call("Commit", pb.CommitRequest(command=number, commitment=to_wire(self._keys[checked.digest][2])))
+        self._say(number, commitment=to_wire(self._keys[checked.digest][2]))
 
     def _endorse(self, number: int, order: pb.EndorseOrder) -> None:
         checked = check_manifest(order.manifest, self.roster)
@@ -171,7 +163,7 @@ class FakePod:
             raise ServiceError(Reason.NOT_LIVE, "the keys of this manifest are gone")
         self._by_manifest[checked.M] = found[0], found[1]
         signed = found[0].sign("endorse", encode(Endorsement(checked.M, self.id)))
-        self._call("Endorse", pb.EndorseRequest(command=number, endorsement=to_wire(signed)))
+        self._say(number, endorsement=to_wire(signed))
 
     def _commitment_key(self, checked: CheckedManifest) -> bytes:
         mine = checked.commitments.get(self.index)
@@ -207,8 +199,7 @@ class FakePod:
         accepted = tuple(Accepted(hospital, seeds[hospital][0]) for hospital in sorted(seeds, key=str.encode))
         blob = encode(AcceptList(checked.M, self.id, accepted))
         refused = [pb.RefusedHospital(hospital=who, reason="MALFORMED", detail="") for who in self.leave_out]
-        answer = pb.AcceptRequest(command=number, accept_list=to_wire(signer.sign("accept", blob)), refused=refused)
-        self._call("Accept", answer)
+        self._say(number, accepted=pb.Accepted(accept_list=to_wire(signer.sign("accept", blob)), refused=refused))
 
     def _lock(self, number: int, order: pb.LockOrder) -> None:
         checked, signer, _ = self._of(order.manifest)
@@ -218,7 +209,7 @@ class FakePod:
         if self.locked.setdefault(checked.M, cohort.digest) != cohort.digest:
             raise ServiceError(Reason.LOCKED, "another cohort is locked")
         blob = encode(Lock(checked.M, cohort.digest, len(cohort.members), self.id))
-        self._call("Lock", pb.LockRequest(command=number, lock=to_wire(signer.sign("lock", blob))))
+        self._say(number, lock=to_wire(signer.sign("lock", blob)))
 
     def _check_accepted(self, manifest: bytes, cohort: Cohort) -> None:
         held = self._seeds.get(manifest, {})
@@ -245,51 +236,29 @@ class FakePod:
         return signer.sign("release", blob)
 
     def _release(self, number: int, order: pb.ReleaseOrder) -> None:
-        checked, _, _ = self._of(order.manifest)
-
-        def parts() -> Iterator[pb.ReleaseRequest]:
-            yield pb.ReleaseRequest(command=number)
-            for piece in order.pieces:
-                vector = VectorDigest(checked.table.total_bytes)
-                for index, chunk in enumerate(self._sums(order, piece)):
-                    vector.add(chunk)
-                    if piece in order.digests:
-                        continue
-                    yield pb.ReleaseRequest(chunk=pb.ReleaseChunk(piece=piece, index=index, data=chunk))
-                yield pb.ReleaseRequest(piece_sum=to_wire(self._claim(order, piece, vector.result())))
-
-        self._caller.upload(lambda c: KeyShareServiceStub(c).Release, parts(), seconds=60)
+        self._sum_up(number, order, order.digests)
 
     def _digest(self, number: int, order: pb.DigestOrder) -> None:
+        self._sum_up(number, order, order.pieces)
+
+    def _sum_up(self, number: int, order: Any, alone: Sequence[int]) -> None:
         checked, _, _ = self._of(order.manifest)
-        claims = []
         assert order.chunks == len(chunk_lengths(checked.table.total_bytes))
         for piece in order.pieces:
             vector = VectorDigest(checked.table.total_bytes)
-            for chunk in self._sums(order, piece):
+            for index, chunk in enumerate(self._sums(order, piece)):
                 vector.add(chunk)
-            claims.append(to_wire(self._claim(order, piece, vector.result())))
-        self._call("Digest", pb.DigestRequest(command=number, piece_sums=claims))
+                if piece not in alone:
+                    self._say(number, chunk=pb.ReleaseChunk(piece=piece, index=index, data=chunk), more=True)
+            claim = self._claim(order, piece, vector.result())
+            self._say(number, piece_sum=to_wire(claim), more=piece != order.pieces[-1])
 
     def _abandon(self, number: int, order: pb.AbandonOrder) -> None:
         if order.manifest in self.locked:
             raise ServiceError(Reason.LOCKED, "a lock is on disk")
         blob = encode(Abandon(order.charter, order.study, order.round, order.attempt, order.manifest, self.id))
         self._by_manifest.pop(order.manifest, None)
-        self._call("Abandon", pb.AbandonRequest(command=number, abandon=to_wire(self._identity.sign("abandon", blob))))
+        self._say(number, abandon=to_wire(self._identity.sign("abandon", blob)))
 
     def _close(self, number: int, order: pb.CloseOrder) -> None:
-        self._call("Close", pb.CloseRequest(command=number, closed=True))
-
-
-_ANSWERS = {
-    "propose": ("Commit", pb.CommitRequest),
-    "endorse": ("Endorse", pb.EndorseRequest),
-    "offer": ("Accept", pb.AcceptRequest),
-    "lock": ("Lock", pb.LockRequest),
-    "release": ("Release", pb.ReleaseRequest),
-    "digest": ("Digest", pb.DigestRequest),
-    "abandon": ("Abandon", pb.AbandonRequest),
-    "close": ("Close", pb.CloseRequest),
-    "high_water": ("HighWater", pb.HighWaterRequest),
-}
+        self._say(number, closed=True)

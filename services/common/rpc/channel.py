@@ -16,6 +16,7 @@ import grpc
 from services.common.errors import Reason, ServiceError
 from services.common.rpc.errors import CODES, from_rpc_error
 from services.common.rpc.leaf import Leaf, LeafFiles, LeafWatch
+from services.common.rpc.outbox import Outbox
 from services.common.rpc.server import MAX_MESSAGE_BYTES
 from services.common.rpc.traffic import Counted
 
@@ -93,13 +94,12 @@ class Caller:
         request: Request,
         *,
         seconds: float,
-        worth: Callable[[], bool] = lambda: True,
     ) -> Response:
-        """One request, one answer: `caller.unary(lambda c: stub(KeyShareServiceStub, c).Commit, request, seconds=10)`.
+        """One request, one answer: `caller.unary(lambda c: stub(KeyShareServiceStub, c).Greet, request, seconds=10)`.
 
-        Repeated with growing, random waits while the answer is UNAVAILABLE, time is left and it is `worth` it.
+        Repeated with growing, random waits while the answer is UNAVAILABLE and time is left.
         """
-        return self._repeated(lambda channel, left: pick(channel)(request, timeout=left), seconds, worth)
+        return self._repeated(lambda channel, left: pick(channel)(request, timeout=left), seconds)
 
     def upload(
         self,
@@ -140,6 +140,23 @@ class Caller:
         """One request, a stream of answers, to be used as a context manager. Never repeated here."""
         return Stream(self, lambda channel: pick(channel)(request, timeout=seconds))
 
+    def converse(
+        self,
+        pick: Callable[[grpc.Channel], grpc.StreamStreamMultiCallable[Request, Response]],
+        outbox: Outbox[Request],
+        *,
+        seconds: float,
+    ) -> Stream[Response]:
+        """Answers to a stream of requests that goes on as long as they do. Its end closes `outbox`."""
+
+        def begin(channel: grpc.Channel) -> Any:
+            call: Any = pick(channel)(iter(outbox), timeout=seconds)
+            if not call.add_callback(outbox.close):
+                outbox.close()
+            return call
+
+        return Stream(self, begin)
+
     def close(self) -> None:
         """End all calls, also from another thread, and the connection."""
         self._closed.set()
@@ -149,9 +166,7 @@ class Caller:
         for line in lines:
             line.channel.close()
 
-    def _repeated(
-        self, call: Callable[[grpc.Channel, float], Response], seconds: float, worth: Callable[[], bool]
-    ) -> Response:
+    def _repeated(self, call: Callable[[grpc.Channel, float], Response], seconds: float) -> Response:
         end = time.monotonic() + seconds
         longest = _FIRST_WAIT
         refused: ServiceError | None = None
@@ -168,7 +183,7 @@ class Caller:
                 wait = self._random.uniform(longest / 2, longest)
                 late = time.monotonic() + wait >= end
                 passing = CODES[error.reason] is grpc.StatusCode.UNAVAILABLE and not late
-                if not passing or not worth() or self._closed.wait(wait):
+                if not passing or self._closed.wait(wait):
                     raise
             longest = min(2 * longest, _LONGEST_WAIT)
 
@@ -212,11 +227,6 @@ class Stream(Generic[Response]):
         self._scope = caller._channel()
         self._begin = begin
         self._answers: Any = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the call goes on, as far as is known here."""
-        return bool(self._answers.is_active())
 
     def cancel(self) -> None:
         """End the call from any thread; the iteration then raises UNREACHABLE."""

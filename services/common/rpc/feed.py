@@ -34,18 +34,24 @@ class Feed(Generic[T]):
     def push(self, message: T) -> None:
         """Add a message; nothing happens when the feed has ended."""
         with self._changed:
-            if len(self._waiting) >= _MOST_WAITING:
-                self._refusal = ServiceError(Reason.UNREACHABLE, "this watcher is too slow: dial again")
-                self._ended = True
             if not self._ended:
                 self._waiting.append(message)
+            late = len(self._waiting) > _MOST_WAITING
             self._changed.notify()
+        if late:
+            self.fail(ServiceError(Reason.UNREACHABLE, "this watcher is too slow: dial again"))
 
     def replace(self, message: T) -> None:
         """Like `push`, but what still waits is dropped: for a state of which only the newest counts."""
         with self._changed:
             self._waiting.clear()
         self.push(message)
+
+    def fail(self, refusal: ServiceError) -> None:
+        """End the stream now, with this refusal."""
+        with self._changed:
+            self._refusal, self._ended = refusal, True
+            self._changed.notify()
 
     def close(self) -> None:
         """End the stream after what waits."""
@@ -60,10 +66,7 @@ class Feed(Generic[T]):
         return self._ended
 
     def _stop(self) -> None:
-        with self._changed:
-            self._refusal = ServiceError(Reason.UNREACHABLE, "the server is stopping: dial again in a moment")
-            self._ended = True
-            self._changed.notify()
+        self.fail(ServiceError(Reason.UNREACHABLE, "the server is stopping: dial again in a moment"))
 
     def __iter__(self) -> Iterator[T]:
         while True:

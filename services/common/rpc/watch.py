@@ -52,12 +52,6 @@ class Watch(Generic[T]):
         if stream is not None:
             stream.cancel()
 
-    @property
-    def alive(self) -> bool:
-        """Whether the present stream goes on, as far as is known here."""
-        stream = self._stream
-        return stream is not None and stream.alive
-
     def _run(self) -> None:
         wait = _FIRST_WAIT
         while not self._stop.is_set():
