@@ -114,6 +114,17 @@ def test_draws_are_inversions_of_aes_ctr_words(scale: int) -> None:
     assert drawn.tolist() == expected
 
 
+@pytest.mark.parametrize("variance", [Fraction(240), Fraction(46_000), Fraction(450_000_000)])
+def test_every_word_finds_its_place_in_a_table(variance: Fraction) -> None:
+    """At every bound and beside it, and at both ends of every slot in which a search begins."""
+    table, low = CumulativeTable(variance), 2**127
+    at = {bound >> 128 for bound in table.bounds} | {slot << 48 for slot in range(2**16)}
+    words = sorted({word for edge in at for word in (edge - 1, edge, edge + 1) if 0 <= word < 2**64} | {2**64 - 1})
+    found = table.invert(np.array(words, np.uint64), lambda _: low)
+    expected = [bisect_right(table.bounds, word << 128 | low) - table.radius for word in words]
+    assert found.tolist() == expected
+
+
 def test_the_low_words_decide_ties() -> None:
     table = CumulativeTable(Fraction(240))
     places = [40, table.radius, 2 * table.radius - 40]
