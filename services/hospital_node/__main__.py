@@ -79,7 +79,6 @@ def run(
     trainer = make_trainer(config)
     health = Health(["store", "certificate", "loop"])
     metrics.hide_the_process()
-    board = StatusBoard(config.id)
     client = AggregatorClient(caller)
 
     def report(progress: Progress) -> None:
@@ -100,16 +99,18 @@ def run(
         report=report,
         checkpoint=checkpoint,
     )
+    board = StatusBoard(config.id, participation.consent.figures)
     ledger = metrics.LedgerHead(participation.ledger.mark().sequence, store.last_receipt_ms())
 
     def look() -> None:
-        metrics.show_policy(documents.policy())
+        policy = documents.policy()
+        metrics.show_policy(policy)
         show_charters(tuple(documents.charters()))
+        for entry in policy.document.studies:  # known and alerted on, whether or not the aggregator is there
+            study = bytes.fromhex(entry.sha256)
+            metrics.show_figures(study, participation.consent.figures(study))
 
     LOOK.watch(look)
-    for entry in documents.policy().document.studies:  # known and alerted on, whether or not the aggregator is there
-        study = bytes.fromhex(entry.sha256)
-        metrics.show_figures(study, participation.privacy(study, documents.policy()))
     metrics.halted(bool(store.alarms()))
     node = Node(participation, client, documents, report)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -123,6 +124,7 @@ def run(
             health.start()
             node.run()
     finally:
+        LOOK.forget(look)
         store.close()
     return 0
 

@@ -1,8 +1,11 @@
 """What the Unix socket shows: status for people, evidence for `wardround verify`."""
 
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
+from services.common.errors import ServiceError
 from services.common.rpc.administration import Files
 from services.common.secagg.blob import encode
 from services.hospital_node.ledger import Ledger
@@ -12,10 +15,11 @@ from wardround.admin.v1 import admin_pb2
 
 
 class StatusBoard:
-    """The newest status. Thread-safe."""
+    """The newest status; `epsilon` gives what a study and the data set have spent. Thread-safe."""
 
-    def __init__(self, hospital: str) -> None:
+    def __init__(self, hospital: str, epsilon: Callable[[bytes], dict[str, float]]) -> None:
         self._hospital = hospital
+        self._epsilon = epsilon
         self._lock = threading.Lock()
         self._progress = Progress()
 
@@ -28,6 +32,10 @@ class StatusBoard:
         """The newest status as it travels."""
         with self._lock:
             progress = self._progress
+        figures = dict(progress.figures)
+        if progress.study:
+            with suppress(ServiceError):  # a policy that cannot be used: nothing is left by it, and `detail` names it
+                figures |= self._epsilon(progress.study)
         return admin_pb2.Status(
             role="hospital",
             id=self._hospital,
@@ -37,7 +45,7 @@ class StatusBoard:
             attempt=progress.attempt,
             model_version=progress.model_version,
             detail=progress.detail,
-            figures=progress.figures,
+            figures=figures,
             finished=progress.phase == "finished",
         )
 

@@ -66,8 +66,9 @@ class SiteDocuments:
     def policy(self) -> LoadedPolicy:
         """The policy in force now. Raises INVALID_DOCUMENT, also for another hospital's."""
         blob = read(self._config.policy)
-        if self._policy is None or self._policy.blob != blob:
+        policy = self._policy
+        if policy is None or policy.blob != blob:
             policy = load_policy(blob, self._config.policy.name)
             check_hospital(policy, self._config.id)
             self._policy = policy
-        return self._policy
+        return policy  # whatever another thread has read meanwhile

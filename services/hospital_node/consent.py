@@ -72,6 +72,13 @@ class Consent:
             self._given = basis
         self.data = require_check(study, self._consents, self._trainer, self.data)
 
+    def figures(self, study: bytes) -> dict[str, float]:
+        """ε of a study and of the data set as ledger and policy have it now; from any thread. Raises INVALID_DOCUMENT.
+
+        Functions of the study and the rounds, not of the data.
+        """
+        return self._ledger.account().figures(study.hex(), *_caps(self._consents.policy(), study))
+
     def projection(
         self,
         policy: LoadedPolicy,
@@ -86,12 +93,19 @@ class Consent:
         """What round `number` would cost more than has been paid for its `vector` already, and what is left then."""
         cost = round_debits(study, round_shape(charter, study, number), model, vector)
         plain = round_debits(study, round_shape(charter, study, 1), model, vector)
-        allowed = policy.allowed(study.digest)
+        study_cap, caps = _caps(policy, study.digest)
         return self._ledger.account().project(
             cost,
             [debit for debit in plain if debit.split == "train"],
             remaining=max(0, study.document.rounds - number + 1),
-            study_cap=allowed.epsilon if allowed is not None else 0.0,
-            caps=Caps(policy.document.dataset_epsilon, policy.document.dataset_delta),
+            study_cap=study_cap,
+            caps=caps,
             paid=paid,
         )
+
+
+def _caps(policy: LoadedPolicy, study: bytes) -> tuple[float, Caps]:
+    """ε that the policy allows the study, none where it does not list it; what it allows the data set."""
+    allowed = policy.allowed(study)
+    caps = Caps(policy.document.dataset_epsilon, policy.document.dataset_delta)
+    return 0.0 if allowed is None else allowed.epsilon, caps

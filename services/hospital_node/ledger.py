@@ -64,6 +64,15 @@ class Entry:
         )
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """The events through `mark`, and what they cost."""
+
+    mark: LedgerMark
+    events: tuple[LedgerEvent, ...]
+    account: Account
+
+
 class Ledger:
     """The ledger of one data set inside `database`, whose migrations hold `SCHEMA`."""
 
@@ -72,8 +81,8 @@ class Ledger:
         with database.transaction() as connection:
             connection.execute("INSERT OR IGNORE INTO ledger_start VALUES (1, ?)", (secrets.token_bytes(32),))
         self._start = hashlib.sha256(_LABEL + database.query("SELECT random FROM ledger_start")[0][0]).digest()
-        self._read: tuple[LedgerMark, tuple[LedgerEvent, ...]] = LedgerMark(0, self._start), ()
-        self._account = Account(())
+        self._nothing = _Reading(LedgerMark(0, self._start), (), Account(()))
+        self._last = self._nothing
         verify_entries(self._entries(), self._start)
 
     @classmethod
@@ -125,16 +134,8 @@ class Ledger:
             self.append(connection, [Exposed(study, round_number, reason)])
 
     def events(self) -> tuple[LedgerEvent, ...]:
-        """Every event, oldest first. What was read before is not parsed again while the chain goes on from it."""
-        now, (mark, known) = self.mark(), self._read
-        if now == mark:
-            return known
-        rows = self._database.query(_ENTRIES_AFTER, (mark.sequence,))
-        if not rows or rows[0][1] != mark.head:  # a transaction in which this was read was rolled back
-            rows, known = self._database.query(_ENTRIES), ()
-        self._read = now, (*known, *(Entry(*row).parsed() for row in rows))
-        self._account = Account(self._read[1])
-        return self._read[1]
+        """Every event, oldest first."""
+        return self._reading().events
 
     def debits(self) -> tuple[Debit, ...]:
         """The debits alone, as they were written."""
@@ -146,8 +147,24 @@ class Ledger:
 
     def account(self) -> Account:
         """What it all costs."""
-        self.events()
-        return self._account
+        return self._reading().account
+
+    def _reading(self) -> _Reading:
+        """All that is there now. What was read before is not parsed again while the chain goes on from it.
+
+        From any thread: a reading is replaced as a whole, and its mark is that of the last row which it holds.
+        """
+        known = self._last
+        if self.mark() == known.mark:
+            return known
+        rows = self._database.query(_ENTRIES_AFTER, (known.mark.sequence,))
+        if not rows or rows[0][1] != known.mark.head:  # a transaction in which this was read was rolled back
+            rows, known = self._database.query(_ENTRIES), self._nothing
+        entries = [Entry(*row) for row in rows]
+        mark = LedgerMark(entries[-1].sequence, entries[-1].head) if entries else known.mark
+        events = (*known.events, *(entry.parsed() for entry in entries))
+        self._last = found = _Reading(mark, events, Account(events))
+        return found
 
     def export(self) -> Iterator[str]:
         """The lines of ledger.jsonl, oldest first."""

@@ -15,14 +15,12 @@ from pathlib import Path
 
 from services.common.clock import Clock
 from services.common.documents.charter import LoadedCharter
-from services.common.documents.policy import LoadedPolicy
 from services.common.documents.shape import RoundShape, check_study, core_for, round_shape, total_rounds
 from services.common.documents.strategies import most_model_bytes
 from services.common.documents.study import LoadedStudy, load_study
 from services.common.errors import Reason, ServiceError
 from services.common.secagg import sealing
 from services.common.secagg.certificate import CheckedManifest, check_manifest, check_receipt
-from services.common.secagg.messages import LedgerMark
 from services.common.secagg.signing import Signer, digest
 from services.common.store.blobs import BlobStore
 from services.hospital_node.attempt import check_attempt
@@ -34,7 +32,6 @@ from services.hospital_node.policy import decide_study
 from services.hospital_node.ports import Consents, Progress, Trainer
 from services.hospital_node.release import Counts, encode_round, round_debits, study_plan
 from services.hospital_node.results import follow_results
-from services.hospital_node.spending import Caps
 from services.hospital_node.store import Store, Submission, Vector
 from services.hospital_node.submission import mask, masked_chunks, sign_header
 from services.hospital_node.vectorfile import checking_vector, damaged, reading_vector, write_vector
@@ -75,7 +72,6 @@ class Participation:
         self._studies: dict[bytes, LoadedStudy] = {}
         self._checked: set[bytes] = set()  # charters that the study of `_studies` was held against
         self._drawn: Vector | None = None  # x that this life wrote: masked once without being looked at again
-        self._shown: tuple[bytes, bytes, LedgerMark] | None = None  # what `progress.figures` were computed from
 
     def advance(self, state: RoundState, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Do all that `state` allows: follow results, scrub what is over, prepare a vector, submit it.
@@ -88,13 +84,12 @@ class Participation:
         self.progress.take(state.study, state.round, state.attempt)
         self._refuse_halted(state.study)
         charter = self._charter(state.charter)
-        policy = self._consents.policy()
-        refusal = decide_study(policy, state.study)
+        refusal = decide_study(self._consents.policy(), state.study)
         if refusal is not None:
             raise refusal
         study = self._study(state.study, charter)
         self.progress.study_name = study.document.name
-        self._figures(study, policy)
+        self.progress.figures["rounds_total"] = float(total_rounds(study))
         self._follow(study, state)
         if self.store.scrub(study.digest, state.closed_round):
             self._checkpoint("scrubbed")
@@ -210,8 +205,7 @@ class Participation:
         shape = round_shape(charter, study, round_number)
         debits = round_debits(study, shape, vector.model, vector.name, attempt=attempt, manifest=checked.M)
         joined = self.ledger.account().joined.get(study.digest.hex())
-        policy = self._consents.policy()
-        joining = joined or study_plan(charter, study, policy)
+        joining = joined or study_plan(charter, study, self._consents.policy())
         with self.store.database.transaction() as connection:
             paid = self.ledger.debited(vector.name)
             mark = self.ledger.mark() if paid else self.ledger.debit(connection, joining, debits, self.consent.data)
@@ -235,7 +229,6 @@ class Participation:
             self.store.pend(connection, pending)
             self._checkpoint("in-transaction")
         self._checkpoint("debited")
-        self._figures(study, policy)
         # P-10: x of earlier rounds is scrubbed as soon as a higher round is submitted.
         self.store.scrub(study.digest, round_number - 1)
         return pending
@@ -279,11 +272,7 @@ class Participation:
             answers = (came,) if came is not None else self._client.results(study.digest, held)
             if not answers:
                 break  # the claim does not end in a chain: the manifest's own check will refuse it
-            try:
-                follow_results(self.store, self.ledger, self.hospital, study, rosters, answers)
-            except ServiceError:
-                self._figures(study, self._consents.policy())  # an alarm wrote what the round really cost (L-3)
-                raise
+            follow_results(self.store, self.ledger, self.hospital, study, rosters, answers)
             self._checkpoint("result-checked")
         self.progress.model_version = self.store.chain(study.digest).version
 
@@ -345,21 +334,7 @@ class Participation:
 
     def _refuse_halted(self, study: bytes) -> None:
         if (detail := self.store.halted(study)) is not None:
-            self.progress.figures |= self.privacy(study, self._consents.policy())
             raise ServiceError(Reason.CONFLICT, f"this study is stopped here: {detail}")
-
-    def privacy(self, study: bytes, policy: LoadedPolicy) -> dict[str, float]:
-        """ε as ledger and policy have it now: functions of the study and the rounds, not of the data."""
-        allowed = policy.allowed(study)
-        caps = Caps(policy.document.dataset_epsilon, policy.document.dataset_delta)
-        return self.ledger.account().figures(study.hex(), allowed.epsilon if allowed is not None else 0.0, caps)
-
-    def _figures(self, study: LoadedStudy, policy: LoadedPolicy) -> None:
-        basis = (study.digest, policy.digest, self.ledger.mark())
-        if basis == self._shown:
-            return
-        self._shown = basis
-        self.progress.figures |= self.privacy(study.digest, policy) | {"rounds_total": float(total_rounds(study))}
 
     def _say(self, phase: str, detail: str) -> None:
         self.progress.phase, self.progress.detail = phase, detail

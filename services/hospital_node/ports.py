@@ -88,7 +88,10 @@ class Consents(Protocol):
 
 @dataclass
 class Progress:
-    """What the node is doing, for people and gauges; nothing here depends on data."""
+    """What the node is doing, for people and gauges; nothing here depends on data.
+
+    `figures` are of rounds; ε is computed when somebody asks (`Consent.figures`).
+    """
 
     phase: str = "starting"
     detail: str = ""

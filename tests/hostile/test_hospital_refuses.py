@@ -94,9 +94,10 @@ def test_gate_and_final_rounds_carry_exact_counts_under_none(aggregator: FakeAgg
     site.step()
     assert lanes_of(aggregator, aggregator.submissions()[-1], "gate").tolist() == [5, 3, 8, 4]
     # What left without noise has no finite ε: the figures of the site say so, and so does its ledger.
-    assert site.participation.progress.figures["epsilon_spent"] == math.inf
-    assert site.participation.progress.figures["dataset_epsilon_spent"] == math.inf
-    assert site.participation.progress.figures["epsilon_left"] == 0.0
+    figures = site.participation.consent.figures(aggregator.world.study.digest)
+    assert figures["epsilon_spent"] == math.inf
+    assert figures["dataset_epsilon_spent"] == math.inf
+    assert figures["epsilon_left"] == 0.0
     aggregator.finish(aggregator.manifests[1], others(digest("header", aggregator.submissions()[-1].header.blob)))
     aggregator.open_round(4)  # round 3 stalled: no link, P-25
     aggregator.collect()

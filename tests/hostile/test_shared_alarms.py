@@ -45,7 +45,7 @@ def test_cohort_below_the_minimum_counts_with_the_own_noise(world: World, site: 
     """Round 1 was honest; round 2 was opened over two hospitals: its event is the solo one, round 1's stays."""
     run_round(site, 1, "bob", "carol")
     site.step()
-    honest = site.participation.progress.figures
+    honest = site.participation.consent.figures(world.study.digest)
     (first,) = site.participation.ledger.debits()
     together, alone = first.noise_multiplier, first.solo_event().noise_multiplier
     # n_min - k = 2 equal shares together: the own one is smaller by sqrt(2), but for the rounding up to whole units.
@@ -55,7 +55,7 @@ def test_cohort_below_the_minimum_counts_with_the_own_noise(world: World, site: 
 
     run_round(site, 2, "bob")
     assert site.refusal().reason is Reason.CONFLICT
-    told = site.participation.progress.figures
+    told = site.participation.consent.figures(world.study.digest)
     mixed = 1 / math.sqrt(together**-2 + alone**-2)
     train = site.participation.ledger.account().splits(world.study.digest.hex())["train"]
     assert train == pytest.approx(gaussian_epsilon(mixed, 1), rel=1e-3)

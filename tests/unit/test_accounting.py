@@ -2,12 +2,14 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mpmath
 import pytest
 
 from services.common.dp.accounting import (
     Event,
+    _closed_form,
     calibrate,
     epsilon,
     epsilon_curve,
@@ -27,6 +29,15 @@ def test_the_worked_example() -> None:
     assert epsilon([EXAMPLE], DELTA) == pytest.approx(3.0, abs=5e-4)
     assert calibrate(3.0, DELTA, 0.256, 79) == pytest.approx(3.358, abs=5e-4)
     assert epsilon_rdp([Event(0.256, 3.612, 79)], DELTA) == pytest.approx(3.0, abs=2e-3)
+
+
+def test_a_proof_in_one_thread_is_not_disturbed_by_another() -> None:
+    """mpmath has one precision for the whole process."""
+    events = [[Event(1.0, 1 + number / 64)] for number in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda event: epsilon_gaussian_closed_form(event, 3e-6), events * 2))
+    _closed_form.cache_clear()
+    assert found == [epsilon_gaussian_closed_form(event, 3e-6) for event in events] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
+from services.common.errors import Reason, ServiceError
 from services.hospital_node import metrics
+from services.hospital_node.admin import StatusBoard
 from services.hospital_node.config import SiteDocuments, load_config
 from services.hospital_node.ports import Progress
 from tests.support.hospital_world import make_world
@@ -63,6 +65,25 @@ def test_the_ledger_head_has_the_time_of_the_newest_event() -> None:
     assert shown("ledger_head_timestamp_seconds") == 50
     head.show(4, 70_000)
     assert (shown("ledger_events"), shown("ledger_head_timestamp_seconds")) == (4, 70)
+
+
+def test_status_has_the_epsilon_of_the_moment_when_it_is_asked_for() -> None:
+    spent = {STUDY: 1.0}
+    board = StatusBoard("alice", lambda study: {"epsilon_spent": spent[study]})
+    assert dict(board.status().figures) == {}  # no study is open
+    board.show(Progress(study=STUDY, figures={"rounds_left": 4.0}))
+    for value in (1.0, 2.5):
+        spent[STUDY] = value
+        assert dict(board.status().figures) == {"rounds_left": 4.0, "epsilon_spent": value}
+
+
+def test_status_says_the_rest_while_the_policy_cannot_be_used() -> None:
+    def unusable(study: bytes) -> dict[str, float]:
+        raise ServiceError(Reason.INVALID_DOCUMENT, "policy.yaml")
+
+    board = StatusBoard("alice", unusable)
+    board.show(Progress(phase="refused", study=STUDY, figures={"rounds_left": 4.0}))
+    assert (board.status().phase, dict(board.status().figures)) == ("refused", {"rounds_left": 4.0})
 
 
 def test_speed_and_gpu_memory_are_coarse() -> None:

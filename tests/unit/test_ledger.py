@@ -1,5 +1,6 @@
 """The ledger: its chain, and what it takes and refuses (privacy.md §7)."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,28 @@ def test_l3_exposure_is_appended_once_and_only_where_something_was_spent(ledger:
         with database.transaction() as connection:
             ledger.expose(connection, DEBIT.study, number, "a cohort of 2")
     assert ledger.events() == (debit(1), Exposed(DEBIT.study, 1, "a cohort of 2"))
+
+
+def test_readers_beside_the_writer_see_every_event_once(ledger: Ledger, database: Database) -> None:
+    """Whoever asks for figures reads in a thread of its own while rounds debit."""
+    written = 150
+    faults: list[tuple[LedgerEvent, ...]] = []
+
+    def read() -> None:
+        while len(events := ledger.events()) < written and not faults:
+            if events != tuple(debit(number) for number in range(1, len(events) + 1)):
+                faults.append(events)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for number in range(1, written + 1):
+        add(ledger, database, debit(number))
+        assert len(ledger.account().debits) == number  # the writer never decides by an older reading
+    for reader in readers:
+        reader.join(30)
+    assert not faults
+    assert not any(reader.is_alive() for reader in readers)
 
 
 def test_what_was_read_in_a_transaction_that_was_rolled_back_is_forgotten(ledger: Ledger, database: Database) -> None:

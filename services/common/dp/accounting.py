@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from services.common.dp.exact import exact
 from services.common.errors import Reason, ServiceError
 
 NUMERICS_DELTA = 1e-15  # privacy.md §4: what the noise's tables may cost
@@ -23,6 +24,7 @@ COARSE = 1e-3  # for searches and curves: as pessimistic, ε higher by less than
 _LARGEST_LOSS = 16.0  # beyond it the grid widens in powers of two, so that no σ needs more than 10^6 points
 _LARGEST_TOTAL = 128.0  # the same for the composed loss, at which no ε means anything
 _NEARLY_NOTHING = 1e-9  # only where doubles find less than this ε (or overflow) may it be exactly zero
+_PROOF_BITS = 203  # 60 decimal digits
 _GUESS_MARGIN = 1e-11  # by which a closed form found in doubles is raised before it is proven
 _SIGMA_STEPS = 10_000  # calibration grid: 1e-4
 _LARGEST_SIGMA = 10_000
@@ -222,14 +224,12 @@ def _one_gaussian(merged: Sequence[Event], delta: float) -> float:
 
 @lru_cache(maxsize=1024)
 def _closed_form(mu: float, delta: float) -> float:
-    import mpmath
-
-    with mpmath.workdps(60):
-        exact = mpmath.mpf(mu)
+    with exact(_PROOF_BITS) as mpmath:
+        ratio = mpmath.mpf(mu)
 
         def enough(candidate: Any) -> bool:
-            shift = candidate / exact
-            spent = mpmath.ncdf(exact / 2 - shift) - mpmath.exp(candidate) * mpmath.ncdf(-exact / 2 - shift)
+            shift = candidate / ratio
+            spent = mpmath.ncdf(ratio / 2 - shift) - mpmath.exp(candidate) * mpmath.ncdf(-ratio / 2 - shift)
             return bool(spent <= delta)
 
         guess = _double_closed_form(mu, delta) * (1 + _GUESS_MARGIN)

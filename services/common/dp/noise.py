@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from services.common.dp.exact import exact
 from services.common.dp.keystream import keystream, words
 from services.common.errors import Reason, ServiceError
 
@@ -71,10 +72,8 @@ def _bounds(variance: Fraction, radius: int) -> list[int]:
 
     Every step loses less than 2 units of 2**-320, so a bound is off by far less than one unit of 2**-192.
     """
-    import mpmath  # only whoever draws needs it: the aggregator asks for scales alone
-
     bits = TABLE_BITS + _GUARD_BITS
-    with mpmath.workprec(bits + 32):
+    with exact(bits + 32) as mpmath:
         ratio = int(
             mpmath.floor(mpmath.ldexp(mpmath.exp(-mpmath.mpf(variance.denominator) / (2 * variance.numerator)), bits))
         )
