@@ -92,11 +92,10 @@ class Consent:
     ) -> Projection:
         """What round `number` would cost more than has been paid for its `vector` already, and what is left then."""
         cost = round_debits(study, round_shape(charter, study, number), model, vector)
-        plain = round_debits(study, round_shape(charter, study, 1), model, vector)
         study_cap, caps = _caps(policy, study.digest)
         return self._ledger.account().project(
             cost,
-            [debit for debit in plain if debit.split == "train"],
+            [debit for debit in cost if debit.split == "train"],  # none in the last round, when none remains
             remaining=max(0, study.document.rounds - number + 1),
             study_cap=study_cap,
             caps=caps,
