@@ -36,6 +36,7 @@ from services.hospital_node.store import Store, Submission, Vector
 from services.hospital_node.submission import mask, masked_chunks, sign_header
 from services.hospital_node.vectorfile import checking_vector, damaged, reading_vector, write_vector
 
+_PASSING = frozenset({"waiting", "fetching", "trained", "submitting"})  # in every round: the status says them, no log
 _log = logging.getLogger(__name__)
 
 
@@ -113,12 +114,11 @@ class Participation:
             self._say("submitting", "uploading the masked vector")
             self._upload(pending, charter)  # paid for, perhaps half sent: the same bytes, whatever the policy says now
             return
-        shape = round_shape(charter, study, state.round)
         self._check_model(study, state)
         self.consent.require(charter, study, state.round, state.model, self.progress.figures)
         self._checkpoint("consented")
         kept = self.store.vector(study.digest, state.round)
-        vector = self._prepare(charter, study, shape, state, kept, should_stop)
+        vector = self._prepare(charter, study, state, kept, should_stop)
         if vector is None:
             self._say("stopped", "the round ended, or this process is stopping, before training was done")
         elif state.phase is Phase.TRAINING:
@@ -130,7 +130,6 @@ class Participation:
         self,
         charter: LoadedCharter,
         study: LoadedStudy,
-        shape: RoundShape,
         state: RoundState,
         kept: Vector | None,
         should_stop: Callable[[], bool],
@@ -145,7 +144,7 @@ class Participation:
                 "nothing is trained, the vector is kept",
             )
         self._say("fetching", "downloading the model")
-        path, update = self._model(state.model, study), None
+        shape, path, update = round_shape(charter, study, state.round), self._model(state.model, study), None
         self._checkpoint("model-fetched")
         self._say("training", "training on the ward's images")
         counts = self._evaluate(study, shape, path)
@@ -338,5 +337,7 @@ class Participation:
 
     def _say(self, phase: str, detail: str) -> None:
         self.progress.phase, self.progress.detail = phase, detail
-        _log.info("%s: %s", phase, detail, extra={"round": self.progress.round, "attempt": self.progress.attempt})
+        level = logging.DEBUG if phase in _PASSING else logging.INFO
+        place = {"round": self.progress.round, "attempt": self.progress.attempt}
+        _log.log(level, "%s: %s", phase, detail, extra=place)
         self._report(self.progress)
