@@ -139,7 +139,7 @@ class Ledger:
 
     def debits(self) -> tuple[Debit, ...]:
         """The debits alone, as they were written."""
-        return tuple(event for event in self.events() if isinstance(event, Debit))
+        return self.account().debits
 
     def debited(self, vector: str) -> bool:
         """Whether this draw of sampling and noise has been paid for."""

@@ -29,6 +29,7 @@ class BlobStore:
 
     def __init__(self, folder: Path, cache: bool = False) -> None:
         self.folder = Path(folder)
+        self._blobs = self.folder / "blobs"
         self._cache = cache
         with storing(f"the folder {folder}"):
             shutil.rmtree(self.folder / "tmp", ignore_errors=True)
@@ -62,7 +63,7 @@ class BlobStore:
                         file.write(chunk)
                     file.flush()
                     self._sync(file.fileno())
-                return self._keep(Path(written), hasher.digest() if name is None else name(), expected)
+                return self._keep(written, hasher.digest() if name is None else name(), expected)
             except BaseException:
                 Path(written).unlink(missing_ok=True)
                 raise
@@ -100,23 +101,23 @@ class BlobStore:
         """Scrub the blobs; gone from the disk's folder when this returns, no matter if they were there."""
         for digest in digests:
             self._place(digest).unlink(missing_ok=True)
-        self._sync_folder(self.folder / "blobs")
+        self._sync_folder(self._blobs)
 
     def _place(self, digest: bytes) -> Path:
         if len(digest) != 32:
             raise ServiceError(Reason.MALFORMED, f"a digest has 32 bytes, not {len(digest)}")
-        return self.folder / "blobs" / digest.hex()
+        return self._blobs / digest.hex()
 
-    def _keep(self, written: Path, digest: bytes, expected: bytes | None) -> bytes:
+    def _keep(self, written: str | Path, digest: bytes, expected: bytes | None) -> bytes:
         """Give a written and fsynced file its name."""
         if expected is not None and digest != expected:
             raise ServiceError(Reason.BAD_DIGEST, f"the bytes have SHA-256 {digest.hex()}, not {expected.hex()}")
-        written.rename(self._place(digest))
-        self._sync_folder(self.folder / "blobs")
+        os.rename(written, self._place(digest))
+        self._sync_folder(self._blobs)
         return digest
 
     def _drop_damaged(self) -> None:
-        for file in (self.folder / "blobs").iterdir():
+        for file in self._blobs.iterdir():
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             if digest != file.name:

@@ -65,18 +65,22 @@ class Database:
 
         Nobody else writes to this store, so outside of one a short answer is given again until a row has changed.
         """
-        with self._lock, _refusing(self.path):
+        with self._lock:
             if self._depth:  # what it changed may still be rolled back
-                return self._connection.execute(sql, parameters).fetchall()
+                return self._rows(sql, parameters)
             if self._connection.total_changes != self._answered_at:
                 self._answers, self._answered_at = {}, self._connection.total_changes
             key = sql, tuple(parameters)
             found = self._answers.get(key)
             if found is None:
-                found = self._connection.execute(sql, parameters).fetchall()
+                found = self._rows(sql, parameters)
                 if len(found) <= _MOST_ROWS and len(self._answers) < _MOST_REMEMBERED:
                     self._answers[key] = found
             return list(found)
+
+    def _rows(self, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        with _refusing(self.path):
+            return self._connection.execute(sql, parameters).fetchall()
 
     def close(self) -> None:
         """Give the store back; another process may open it from now on."""
