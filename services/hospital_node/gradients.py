@@ -81,12 +81,8 @@ def clipped_sums(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Stu
     not finite counts as zero. With q = 1 a patient's gradient is the mean over all its images, else that of one,
     uniform and secret. Raises INVALID_DOCUMENT for augmentations that cannot be had.
     """
-    if not inputs.augmentable and study.training.augmentations > 1:
-        raise ServiceError(
-            Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
-        )
     if isinstance(module, nn.Linear | CentredHead) and isinstance(inputs, FeatureInputs):
-        return _of_head(module, inputs, dataset, study, keys)
+        return lambda: head_sum(trainable_vector(module), inputs, dataset, study, keys)
     return _of_module(adjusted_scores(module, study), inputs, dataset, study, keys)
 
 
@@ -136,34 +132,37 @@ def _of_module(module: nn.Module, inputs: Inputs, dataset: Dataset, study: Study
     return total
 
 
-def _of_head(
-    module: nn.Linear | CentredHead, inputs: FeatureInputs, dataset: Dataset, study: Study, keys: Keys
-) -> Gradient:
-    """In closed form: float64, and no per-sample gradient is built; what q = 1 needs is gathered once and kept."""
+def head_sum(
+    weights: NDArray[np.float32], inputs: FeatureInputs, dataset: Dataset, study: Study, keys: Keys
+) -> tuple[NDArray[np.float64], int]:
+    """As a call of `clipped_sums` for a head with these weights (d): in closed form, float64, without any module.
+
+    No per-sample gradient is built; what q = 1 needs is gathered once and kept.
+    """
     fold, training, classes = dataset.fold("train"), study.training, len(study.model.classes)
+    if training.augmentations > 1:
+        raise ServiceError(
+            Reason.INVALID_DOCUMENT, "features are computed once an image: set training.augmentations to 1"
+        )
     shift = np.log(training.class_frequencies) if training.class_frequencies else np.zeros(classes)
-    weights = np.array(training.class_weights or (1.0,) * classes)
-
-    def total() -> tuple[NDArray[np.float64], int]:
-        chosen = poisson_sample(keys(), len(fold), study.privacy.sampling_rate)
-        if study.privacy.sampling_rate == 1:
-            groups = inputs.whole("train", fold.images, dataset.labels)
-        else:
-            picked = [fold.images[patient] for patient in chosen]
-            picks = choose_one(keys(), [images.size for images in picked])
-            one = [images[i : i + 1] for images, i in zip(picked, picks, strict=True)]
-            groups = gather(inputs.features, dataset.labels, one)
-        vector, began = trainable_vector(module).astype(np.float64), time.perf_counter()
-        if isinstance(module, CentredHead):
-            found = clipped_centred_sum(vector, groups, _clip(study), shift, weights, CENTRE_STEP, FEATURE_LENGTH)
-        else:
-            found = clipped_head_sum(vector, groups, _clip(study), shift, weights)
-        seen = sum(rows.labels.size for rows in groups)
-        if study.privacy.sampling_rate == 1:  # else the time would tell how many were drawn
-            metrics.computed(seen, time.perf_counter() - began)
-        return found, seen
-
-    return total
+    losses = np.array(training.class_weights or (1.0,) * classes)
+    chosen = poisson_sample(keys(), len(fold), study.privacy.sampling_rate)
+    if study.privacy.sampling_rate == 1:
+        groups = inputs.whole("train", fold.images, dataset.labels)
+    else:
+        picked = [fold.images[patient] for patient in chosen]
+        picks = choose_one(keys(), [images.size for images in picked])
+        one = [images[i : i + 1] for images, i in zip(picked, picks, strict=True)]
+        groups = gather(inputs.features, dataset.labels, one)
+    vector, began = weights.astype(np.float64), time.perf_counter()
+    if study.model.architecture == "centred-head":
+        found = clipped_centred_sum(vector, groups, _clip(study), shift, losses, CENTRE_STEP, FEATURE_LENGTH)
+    else:
+        found = clipped_head_sum(vector, groups, _clip(study), shift, losses)
+    seen = sum(rows.labels.size for rows in groups)
+    if study.privacy.sampling_rate == 1:  # else the time would tell how many were drawn
+        metrics.computed(seen, time.perf_counter() - began)
+    return found, seen
 
 
 def _clip(study: Study) -> Clip:

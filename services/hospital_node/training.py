@@ -24,10 +24,10 @@ from services.common.documents.study import Study
 from services.common.errors import Reason, ServiceError
 from services.common.store.durable import replace_file, sync_folder
 from services.hospital_node import metrics
-from services.hospital_node.architectures import build
+from services.hospital_node.architectures import HEADS, build
 from services.hospital_node.dataset import Dataset
-from services.hospital_node.gradients import clipped_sums, gradients
-from services.hospital_node.inputs import Inputs, open_inputs
+from services.hospital_node.gradients import clipped_sums, gradients, head_sum
+from services.hospital_node.inputs import FeatureInputs, Inputs, open_inputs
 from services.hospital_node.models import load_vector
 
 _CHECKPOINTS = 10  # in a round; a crash loses at most a tenth of it
@@ -173,6 +173,8 @@ def clipped_gradient_sum(
     One draw of sampling: after a crash it is drawn anew, which spends nothing, since nobody saw the lost one.
     Raises INVALID_DATA, INVALID_DOCUMENT.
     """
+    if study.model.architecture in HEADS and isinstance(inputs, FeatureInputs):
+        return head_sum(vector, inputs, dataset, study, keys)[0]  # such a round is too short to build a module for
     module, opened = _open(vector, dataset, study, compute, inputs)
     return clipped_sums(module, opened, dataset, study, keys)()[0]
 

@@ -59,10 +59,10 @@ class CumulativeTable:
         To halve the table for every word took ten times as long. The last slot holds the last bound, so that one
         lies at or after the start of every slot.
         """
-        slot = high >> np.uint64(HIGH_BITS - _SLOT_BITS)
-        index: npt.NDArray[np.intp] = self._below[slot]
-        index += self._high[index] <= high
-        crowded = np.flatnonzero(self._crowded[slot])
+        slot = (high >> np.uint64(HIGH_BITS - _SLOT_BITS)).astype(np.intp)
+        index: npt.NDArray[np.intp] = self._below.take(slot)
+        index += self._high.take(index) <= high
+        crowded = np.flatnonzero(self._crowded.take(slot))
         index[crowded] = self._high.searchsorted(high[crowded], side="right")
         return index
 
