@@ -9,6 +9,8 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
 
 from services.aggregator import facts as f
 from services.aggregator import metrics
@@ -32,6 +34,13 @@ from wardround.submission.v1.submission_pb2 import SubmissionOpen
 
 _log = logging.getLogger(__name__)
 _SKEW_MS = 60_000  # pods' clocks may be behind: round keys must not seem to live longer than the charter allows
+_PASSING = frozenset({Phase.PROPOSED, Phase.ENDORSING, Phase.OFFERING, Phase.LOCKING, Phase.RELEASING})
+"""Phases of every round, between two that are logged: metrics count and time them all."""
+
+
+@lru_cache(maxsize=32)  # every pod is offered the same few; their files never change
+def _opening(path: Path, total: int) -> SubmissionOpen:
+    return SubmissionOpen.FromString(read_opening(path, total))
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ class StudyRun:
             header = state.submissions[hospital].header_digest
             path = self._store.vectors.submission(state.round, state.attempt, header)
             try:
-                opening = SubmissionOpen.FromString(read_opening(path, checked.table.total_bytes))
+                opening = _opening(path, checked.table.total_bytes)
             except FileNotFoundError:
                 raise ServiceError(Reason.CLOSED, "the attempt is over: nothing is offered any more") from None
             yield FetchOfferResponse(header=opening.header, box=opening.boxes[place])
@@ -260,7 +269,8 @@ class StudyRun:
                 metrics.PHASE_SECONDS.labels(before.phase.value).observe(max(0, fact.at - before.entered) / 1000)
             words = {"round": state.round, "attempt": state.attempt, "phase": state.phase.value}
             reason = getattr(fact, "reason", "")
-            _log.info("phase", extra=words | ({"reason": reason} if reason else {}))
+            level = logging.DEBUG if state.phase in _PASSING else logging.INFO
+            _log.log(level, "phase", extra=words | ({"reason": reason} if reason else {}))
         match fact:
             case f.Proposed():
                 metrics.ATTEMPTS.inc()
