@@ -70,6 +70,7 @@ class Committee:
         self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
         self._commands: dict[int, tuple[str, Key]] = {}
+        self._about = ""
         self._numbers = itertools.count(secrets.randbits(48))  # an answer to an earlier life's command matches nothing
 
     def join(self, pod: str, feed: Feed[WatchResponse], boot: bytes, live: bool, charters: tuple[bytes, ...]) -> None:
@@ -186,12 +187,23 @@ class Committee:
                     able.add(pod)
         return frozenset(able), frozenset(lost)
 
-    def send(self, orders: Mapping[str, list[Order]], roster: Roster, at: int, relay_all: bool) -> int | None:
-        """Push whatever was not asked yet; `relay_all` = a Propose is near. Returns when to call again, if by time."""
+    def send(
+        self, orders: Mapping[str, list[Order]], about: str, roster: Roster, at: int, relay_all: bool
+    ) -> int | None:
+        """Push whatever was not asked yet; `relay_all` = a Propose is near. Returns when to call again, if by time.
+
+        `about`: the subject of the open attempt.
+        """
         again: list[int] = []
         with self._lock:
-            for key in self._relay_orders(roster, at, relay_all):
-                self._push(key[0], key[1], at)
+            relay = self._relay_orders(roster, at, relay_all)
+            if about != self._about:
+                self._about = about
+                self._forget(
+                    {order.key for _, order in relay} | {one.key for asked in orders.values() for one in asked}
+                )
+            for pod, order in relay:
+                self._push(pod, order, at)
             for pod, wanted in orders.items():
                 link = self._links.get(pod)
                 if link is None or link.feed.ended:
@@ -211,6 +223,15 @@ class Committee:
                         again.append(due)
                     self._push(pod, order, at)
         return min(again, default=None)
+
+    def _forget(self, asked: set[Key]) -> None:
+        """Drop what was asked about attempts that are over: a service runs for years."""
+        for link in self._links.values():
+            link.sent = {key: when for key, when in link.sent.items() if key[1] == self._about or key in asked}
+            link.refused = {key: why for key, why in link.refused.items() if key[1] == self._about or key in asked}
+        self._commands = {
+            number: (pod, key) for number, (pod, key) in self._commands.items() if key[1] == self._about or key in asked
+        }
 
     def _push(self, pod: str, order: Order, at: int) -> None:
         link = self._links[pod]

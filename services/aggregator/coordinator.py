@@ -17,7 +17,7 @@ from services.aggregator import metrics
 from services.aggregator.committee import Committee
 from services.aggregator.orders import orders
 from services.aggregator.plan import Plan
-from services.aggregator.round import Answer, Phase, State, Tick, alarms, decide
+from services.aggregator.round import Answer, Phase, State, Tick, alarms, decide, subject
 from services.aggregator.study_run import StudyRun
 from services.common.clock import Clock
 from services.common.errors import Reason, ServiceError
@@ -287,7 +287,7 @@ class Coordinator:
                     told(self._snapshot)
         relay = run.state.phase in (Phase.IDLE, Phase.TRAINING)
         asked = orders(run.state, run.rules, run.study.digest, run.total_bytes, held, partial(run.offered, run.state))
-        return self.committee.send(asked, run.rules.roster, self.now(), relay)
+        return self.committee.send(asked, subject(run.state).hex(), run.rules.roster, self.now(), relay)
 
     def _look(self) -> Snapshot:
         run, connected = self.run, frozenset(self.committee.reports())

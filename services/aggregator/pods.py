@@ -53,7 +53,7 @@ _ANSWERS = {
     "offer": "accepted",
     "lock": "lock",
     "abandon": "abandon",
-    "close": "closed",
+    "close": "refusal",
     "nonce": "nonce",
     "mark": "mark",
     "deliver": "live",
@@ -158,8 +158,6 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
         if kind != _ANSWERS[key[0]]:
             raise ServiceError(Reason.MALFORMED, f"{kind} is no answer to {key[0]}")
         match kind:
-            case "closed":
-                return
             case "nonce" if len(answer.nonce) == 32:
                 self._committee.took_nonce(pod, answer.nonce)
             case "mark":

@@ -80,8 +80,7 @@ class Client:
                 ref = Ref(order.study, order.round, order.attempt)
                 yield {"abandon": to_wire(pod.abandon(order.charter, ref, order.manifest))}
             case "close":
-                pod.close(from_wire(order.close))
-                yield {"closed": True}
+                pod.close(from_wire(order.close))  # done is no news: nobody waits for it
             case "high_water":
                 yield self._high_water(order)
 

@@ -75,6 +75,16 @@ def test_a_tally_that_is_over_before_the_coordinator_looks_up_holds_no_round_up(
         whole.hospitals["alice"].wait_for(over(2))
 
 
+def test_what_was_asked_about_old_rounds_is_forgotten(tmp_path: Path) -> None:
+    """An aggregator runs for years: a round leaves six questions to each pod behind."""
+    with federation(tmp_path, rounds=8) as whole:
+        whole.join(*NAMES)
+        whole.hospitals["alice"].wait_for(over(8), seconds=120)
+        committee = whole.running.coordinator.committee
+        assert len(committee._commands) < 3 * 6 * len(whole.pods)
+        assert all(len(link.sent) < 3 * 6 for link in committee._links.values())
+
+
 def test_a_hospital_that_never_comes_is_simply_not_in_the_cohort(tmp_path: Path) -> None:
     with federation(tmp_path, rounds=1, study={"timing": {"submit_seconds": 1.5}}) as whole:
         whole.join("alice", "bob", "carol")

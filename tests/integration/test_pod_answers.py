@@ -38,7 +38,7 @@ def test_an_unasked_answer_is_let_go_and_what_is_none_ends_the_stream(tmp_path: 
     with federation(tmp_path) as whole:
         outbox, stream = conversation(whole, pb.WatchRequest(hello=pb.Hello(boot=b"b")))
         with stream as orders:
-            outbox.put(pb.WatchRequest(answer=pb.Answer(command=1, closed=True)))
+            outbox.put(pb.WatchRequest(answer=pb.Answer(command=1, live=True)))
             order = next(iter(orders))
             assert order.high_water.WhichOneof("form") == "nonce"
             outbox.put(pb.WatchRequest(answer=pb.Answer(command=order.command, nonce=bytes(32))))
@@ -56,7 +56,7 @@ def refusals(order: str) -> float:
 def test_another_kind_of_answer_is_a_refusal_and_the_pod_is_not_waited_for(tmp_path: Path) -> None:
     with federation(tmp_path, rounds=1) as whole:
         pod, before = whole.pods["pod-1"], refusals("endorse")
-        pod._endorse = lambda number, order: pod._say(number, closed=True)  # type: ignore[method-assign]
+        pod._endorse = lambda number, order: pod._say(number, live=True)  # type: ignore[method-assign]
         whole.join(*NAMES)
         whole.hospitals["alice"].wait_for(over(1))
         assert refusals("endorse") == before + 1
