@@ -81,8 +81,7 @@ class PinnedCharters:
 
     def __init__(self, config: SiteConfig, check: Callable[[Roster], object]) -> None:
         self._config, self._check = config, check
-        self._blobs: list[bytes] = []
-        self._found: tuple[LoadedCharter, ...] = ()
+        self._last: tuple[list[bytes], tuple[LoadedCharter, ...]] = [], ()  # replaced as a whole: scrapes read as well
 
     def rosters(self) -> dict[bytes, Roster]:
         """Of the same charters, by digest."""
@@ -96,7 +95,8 @@ class PinnedCharters:
         config = self._config
         paths = [path for path in config.charters if path.exists()]
         blobs = [read(path) for path in (config.pins, *paths)]
-        if blobs != self._blobs:
+        known, found = self._last
+        if blobs != known:
             loaded = [load_charter(blob, path.name) for blob, path in zip(blobs[1:], paths, strict=True)]
             pinned = select(load_pin(blobs[0], config.pins.name), loaded)
             found = (pinned.current,) if pinned.next is None else (pinned.current, pinned.next)
@@ -109,5 +109,5 @@ class PinnedCharters:
                         f"{paths[loaded.index(charter)]}: {error.detail}: correct `id`, or send this site's join.yaml "
                         "to the charter's drafter",
                     ) from None
-            self._blobs, self._found = blobs, found
-        return self._found
+            self._last = blobs, found
+        return found
