@@ -199,9 +199,7 @@ class Committee:
             relay = self._relay_orders(roster, at, relay_all)
             if about != self._about:
                 self._about = about
-                self._forget(
-                    {order.key for _, order in relay} | {one.key for asked in orders.values() for one in asked}
-                )
+                self._forget({order.key for wanted in orders.values() for order in wanted} | {o.key for _, o in relay})
             for pod, order in relay:
                 self._push(pod, order, at)
             for pod, wanted in orders.items():
@@ -224,14 +222,18 @@ class Committee:
                     self._push(pod, order, at)
         return min(again, default=None)
 
-    def _forget(self, asked: set[Key]) -> None:
+    def _forget(self, open_now: set[Key]) -> None:
         """Drop what was asked about attempts that are over: a service runs for years."""
+
+        def over(key: Key) -> bool:
+            return key[1] != self._about and key not in open_now
+
         for link in self._links.values():
-            link.sent = {key: when for key, when in link.sent.items() if key[1] == self._about or key in asked}
-            link.refused = {key: why for key, why in link.refused.items() if key[1] == self._about or key in asked}
-        self._commands = {
-            number: (pod, key) for number, (pod, key) in self._commands.items() if key[1] == self._about or key in asked
-        }
+            for key in filter(over, list(link.sent)):
+                del link.sent[key]
+            for key in filter(over, list(link.refused)):
+                del link.refused[key]
+        self._commands = {number: asked for number, asked in self._commands.items() if not over(asked[1])}
 
     def _push(self, pod: str, order: Order, at: int) -> None:
         link = self._links[pod]
