@@ -4,6 +4,10 @@ Four hospitals, four pods and the aggregator as processes on loopback mTLS; ever
 linear head of 1280 features and 7 classes (d = 8,967), full batch of 1,000 patients at each hospital, clip, share of
 the noise, ledger, masks, sum, SGD with momentum. The features are drawn and lie in the hospitals' caches beforehand, so
 that no backbone is needed: what is timed is what happens in every round. The first rounds warm up and are left out.
+
+Pictures and features are drawn once and kept in build/bench/shared-drawn: on ext4 without a journal every new file
+waits while the kernel walks over those deleted in the last minutes, so a run that removed eight thousand made the next
+one a tenth slower.
 """
 
 import argparse
@@ -50,6 +54,7 @@ from services.common.ids import Role  # noqa: E402
 
 OUTPUT = ROOT / "build" / "bench" / "shared.json"
 SCRATCH = ROOT / "build" / "bench" / "shared"
+DRAWN = ROOT / "build" / "bench" / "shared-drawn"
 HOSPITALS = ("alice", "bob", "carol", "dave")
 CLASSES = tuple("abcdefg")
 PATIENTS, FEATURES, SIDE = 1000, 1280, 8
@@ -83,8 +88,11 @@ def lay_out(folder: Path, rounds: int) -> Federation:
         cohort=COHORT,
         timing=TimingSection(train_seconds=0, submit_seconds=120, attempt_seconds=240),
     )  # fmt: skip
-    data = {name: write_data(folder / "data" / name, seed) for seed, name in enumerate(HOSPITALS)}
+    data = {name: write_data(DRAWN / name, seed) for seed, name in enumerate(HOSPITALS)}
     for seed, site in enumerate(site for site in sites if site.role is Role.HOSPITAL):
+        (DRAWN / f"{site.id}-features").mkdir(exist_ok=True)
+        site.state.mkdir(parents=True, exist_ok=True)
+        (site.state / "features").symlink_to(DRAWN / f"{site.id}-features")
         fill_cache(site.state, data[site.id], study, seed)
     laid = federation.write_study(folder, sites, charter, study)
     federation.write_configs(laid, data, through_round=rounds, threads=1)
@@ -92,16 +100,18 @@ def lay_out(folder: Path, rounds: int) -> Federation:
 
 
 def write_data(folder: Path, seed: int) -> Path:
-    """PATIENTS tiny pictures of noise, one for each patient, all for training."""
+    """PATIENTS tiny pictures of noise, one for each patient, all for training; those that are there stay."""
     from PIL import Image
 
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     drawn = np.random.default_rng(seed)  # no privacy is claimed for drawn pictures
     with (folder / "metadata.csv").open("w", newline="") as out:
         table = csv.writer(out)
         table.writerow(["image_id", "path", "patient_id", "label", "fold"])
         for number in range(PATIENTS):
-            Image.fromarray(drawn.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / f"images/{number}.png")
+            pixels, picture = drawn.integers(0, 256, (SIDE, SIDE, 3), np.uint8), folder / f"images/{number}.png"
+            if not picture.exists():
+                Image.fromarray(pixels).save(picture)
             table.writerow([number, f"images/{number}.png", f"p{number}", CLASSES[number % 7], "train"])
     return folder
 
@@ -117,7 +127,8 @@ def fill_cache(state: Path, data: Path, study: Study, seed: int) -> None:
     centres = np.random.default_rng(7).normal(size=(len(CLASSES), FEATURES))
     for image, place in enumerate(feature_cache(dataset, model.backbone)):
         feature = drawn.normal(size=FEATURES) + 0.3 * centres[dataset.labels[image]]
-        write_feature(place, (feature / np.linalg.norm(feature)).astype("<f4").tobytes())
+        if not place.exists():
+            write_feature(place, (feature / np.linalg.norm(feature)).astype("<f4").tobytes())
 
 
 def hospital_seconds(laid: Federation) -> dict[str, float]:
@@ -129,7 +140,7 @@ def hospital_seconds(laid: Federation) -> dict[str, float]:
     from services.hospital_node.training import Compute
 
     site, times = laid.of(Role.HOSPITAL)[0], []
-    trainer = SiteTrainer(laid.root / "data" / site.id, site.state, Compute(threads=1))
+    trainer = SiteTrainer(DRAWN / site.id, site.state, Compute(threads=1))
     shape = round_shape(laid.charter, laid.study, 1)
     for _ in range(11):
         began = time.perf_counter()

@@ -107,8 +107,10 @@ def test_round(run: Run, tmp_path: Path) -> None:
 
 
 def test_shared(run: Run, tmp_path: Path) -> None:
-    run("shared", "--rounds", "20", PATIENTS=14, WARM=1, SCRATCH=tmp_path / "scratch")
+    drawn = tmp_path / "drawn"
+    run("shared", "--rounds", "20", PATIENTS=14, WARM=1, SCRATCH=tmp_path / "scratch", DRAWN=drawn)
     assert json.loads((tmp_path / "shared.json").read_text())["rounds"] == 20
+    assert len(list((drawn / "alice-features").rglob("*.f32"))) == 14  # kept for the next run
 
 
 def test_data(run: Run, tmp_path: Path) -> None:
