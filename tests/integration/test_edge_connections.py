@@ -19,6 +19,7 @@ from prometheus_client import REGISTRY
 from services.common.clock import SystemClock
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
+from services.common.rpc.administration import Administration
 from services.common.rpc.certificates import Issued, issue_leaf, make_root
 from services.common.rpc.channel import Caller, Stream
 from services.common.rpc.errors import CODES
@@ -290,6 +291,29 @@ def test_the_admin_socket_is_this_users_alone_and_replaces_a_stale_file(tmp_path
                 admin_pb2.GetStatusRequest(), timeout=5
             )
         assert (answer.status.role, answer.status.id) == ("operator", "local")
+    finally:
+        running.stop(0)
+
+
+def test_a_status_that_changes_while_it_is_told_is_told_again(tmp_path: Path) -> None:
+    phases = ["new", "old"]
+
+    def status() -> admin_pb2.Status:
+        found = admin_pb2.Status(phase=phases[-1])
+        if len(phases) > 1:  # the round goes on while the status of before is put together
+            phases.pop()
+            administration.show()
+        return found
+
+    administration = Administration(status, lambda study: [])
+    add = admin_pb2_grpc.add_AdministrationServiceServicer_to_server
+    running = serve_admin([(add, administration)], tmp_path / "admin.sock", 4)
+    try:
+        with dial_admin(tmp_path / "admin.sock") as channel:
+            stub = admin_pb2_grpc.AdministrationServiceStub(channel)
+            told = stub.WatchStatus(admin_pb2.WatchStatusRequest(), timeout=20)
+            assert [next(told).status.phase, next(told).status.phase] == ["old", "new"]
+            told.cancel()
     finally:
         running.stop(0)
 

@@ -204,12 +204,15 @@ class PodProcess:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+        self.socket.unlink(missing_ok=True)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(20)
+        code = self.process.wait(20)
+        self.socket.unlink(missing_ok=True)
+        return code
 
     def log(self) -> str:
         return (self.folder / "log").read_text()

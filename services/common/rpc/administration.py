@@ -20,15 +20,15 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
         self._status = status
         self._evidence = evidence
         self._lock = threading.Lock()
-        self._watchers: list[Feed[admin_pb2.WatchStatusResponse]] = []
+        self._watchers: list[Feed[None]] = []
 
     def show(self) -> None:
-        """Tell every watcher the status of now."""
+        """The status has changed: every watcher asks for it in its own thread, so the last one told is the newest."""
         with self._lock:
             self._watchers = [watcher for watcher in self._watchers if not watcher.ended]
             watchers = list(self._watchers)
         for watcher in watchers:
-            watcher.replace(admin_pb2.WatchStatusResponse(status=self._status()))
+            watcher.replace(None)
 
     def GetStatus(  # noqa: N802  # generated name
         self, request: admin_pb2.GetStatusRequest, context: grpc.ServicerContext
@@ -40,11 +40,12 @@ class Administration(admin_pb2_grpc.AdministrationServiceServicer):
         self, request: admin_pb2.WatchStatusRequest, context: grpc.ServicerContext
     ) -> Iterator[admin_pb2.WatchStatusResponse]:
         """The same now and at every change."""
-        feed: Feed[admin_pb2.WatchStatusResponse] = Feed(context)
+        changes: Feed[None] = Feed(context)
+        changes.push(None)
         with self._lock:
-            self._watchers.append(feed)
-        feed.replace(admin_pb2.WatchStatusResponse(status=self._status()))
-        yield from feed
+            self._watchers.append(changes)
+        for _ in changes:
+            yield admin_pb2.WatchStatusResponse(status=self._status())
 
     def ExportEvidence(  # noqa: N802  # generated name
         self, request: admin_pb2.ExportEvidenceRequest, context: grpc.ServicerContext
