@@ -6,8 +6,8 @@ the noise, ledger, masks, sum, SGD with momentum. The features are drawn and lie
 that no backbone is needed: what is timed is what happens in every round. The first rounds warm up and are left out.
 
 Pictures and features are drawn once and kept in build/bench/shared-drawn: on ext4 without a journal every new file
-waits while the kernel walks over those deleted in the last minutes, so a run that removed eight thousand made the next
-one a tenth slower.
+waits while the kernel walks over those deleted in the last minutes, and a run that removed eight thousand slowed the
+next one (docs/results.md).
 """
 
 import argparse
@@ -100,19 +100,21 @@ def lay_out(folder: Path, rounds: int) -> Federation:
 
 
 def write_data(folder: Path, seed: int) -> Path:
-    """PATIENTS tiny pictures of noise, one for each patient, all for training; those that are there stay."""
+    """PATIENTS tiny pictures of noise, one for each patient, all for training; the table is written last."""
     from PIL import Image
 
+    if (folder / "metadata.csv").exists():
+        return folder
     (folder / "images").mkdir(parents=True, exist_ok=True)
     drawn = np.random.default_rng(seed)  # no privacy is claimed for drawn pictures
+    for number in range(PATIENTS):
+        Image.fromarray(drawn.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / f"images/{number}.png")
     with (folder / "metadata.csv").open("w", newline="") as out:
         table = csv.writer(out)
         table.writerow(["image_id", "path", "patient_id", "label", "fold"])
-        for number in range(PATIENTS):
-            pixels, picture = drawn.integers(0, 256, (SIDE, SIDE, 3), np.uint8), folder / f"images/{number}.png"
-            if not picture.exists():
-                Image.fromarray(pixels).save(picture)
-            table.writerow([number, f"images/{number}.png", f"p{number}", CLASSES[number % 7], "train"])
+        table.writerows(
+            [number, f"images/{number}.png", f"p{number}", CLASSES[number % 7], "train"] for number in range(PATIENTS)
+        )
     return folder
 
 

@@ -53,7 +53,7 @@ _ANSWERS = {
     "offer": "accepted",
     "lock": "lock",
     "abandon": "abandon",
-    "close": "refusal",  # which never comes so far: done is no news
+    "close": "refusal",  # met before it is judged; that it was done is no news
     "nonce": "nonce",
     "mark": "mark",
     "deliver": "live",

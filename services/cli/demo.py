@@ -123,7 +123,7 @@ def demo(  # what a person may choose; each has a default that works
         cohort=None if cohort is None else _pair(cohort, "--cohort", "smallest cohort and colluding, such as 3,1"),
         strategy=None if strategy is None else strategy.value,
     )
-    what = "synthetic images (drawn, not photographed)" if data is None else f"real images from {data}"
+    what = "synthetic images" if data is None else f"real images from {data}"
     title = f"Wardround demo · {len(folders)} hospitals, {pods} key-share pods · {what}"
     console.print(f"Starting {len(laid.sites)} processes; their logs are in {output / 'logs'}", highlight=False)
     running = start(laid)
