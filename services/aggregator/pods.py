@@ -270,7 +270,10 @@ class KeyShare(keyshare_pb2_grpc.KeyShareServiceServicer):
                             )
                         pending[1].finish(said.vector)
                         pending = None
-                    elif state.asked.get((pod, said.piece)) is not False:
+                    elif (
+                        pod not in state.claims.get(said.piece, {}) and state.asked.get((pod, said.piece)) is not False
+                    ):
+                        # One signed before may come again, from an order that crossed with the one for the whole sum.
                         raise ServiceError(Reason.MALFORMED, f"the sum of piece {said.piece} was signed, not sent")
                     claims.append(said)
                 else:

@@ -9,6 +9,8 @@ from services.aggregator import metrics
 from services.common.errors import Reason, ServiceError
 from services.common.ids import Role
 from services.common.rpc.outbox import Outbox
+from services.common.secagg.blob import decode
+from services.common.secagg.messages import PieceSum
 from tests.support.fake_federation import NAMES, Federation, federation, over
 from tests.support.fake_pod import FakePod
 from wardround.keyshare.v1 import keyshare_pb2 as pb
@@ -92,3 +94,36 @@ def test_a_broken_release_is_refused_once_and_the_stream_goes_on(tmp_path: Path)
         assert refusals("release") == before + 1
         assert pod._stream is stream
         assert "pod-1" in whole.state.lists, "it took part in the round that followed"  # its lock may be one too many
+
+
+class Repeating(FakePod):
+    """Signs once more what it had signed before its sum was asked, as an order that crossed with this one makes it."""
+
+    repeated = False
+
+    def _sum_up(self, number: int, order: Any, alone: Any) -> None:
+        signed = self.__dict__.setdefault("signed", {})
+        for piece in order.pieces:
+            if piece not in alone and piece in signed:
+                self.repeated = True
+                self._say(number, piece_sum=signed[piece], more=True)
+        super()._sum_up(number, order, alone)
+
+    def _say(self, number: int, **answer: Any) -> None:
+        if "piece_sum" in answer:
+            claim = decode(PieceSum, answer["piece_sum"].blob)
+            self.__dict__.setdefault("signed", {})[claim.piece] = answer["piece_sum"]
+        super()._say(number, **answer)
+
+
+def test_a_digest_that_comes_again_after_its_sum_was_asked_is_no_fault(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=1, pods=5, threshold=3, quorum=4) as whole:
+        whole.pods["pod-2"].lie = set(range(10))
+        before, honest = refusals("release"), ("pod-0", "pod-1", "pod-3", "pod-4")
+        for pod in honest:
+            whole.pods[pod].stop()
+            whole.pods[pod] = Repeating(whole.world, pod)
+        whole.join(*NAMES)
+        whole.hospitals["alice"].wait_for(over(1))
+        assert any(whole.pods[pod].repeated for pod in honest)  # type: ignore[attr-defined]
+        assert refusals("release") == before
